@@ -1,0 +1,1 @@
+"""triloom: tensor, pipeline and data parallel training under mpirun."""
