@@ -1,0 +1,198 @@
+"""What a training run can be told. The text under each field is what ``triloom train --help`` prints.
+
+Rules of one value stand in its annotation; what several values must satisfy together is checked by
+:mod:`triloom.plan`, which also fills in what ``none`` leaves open. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated, get_type_hints
+
+from ..errors import ConfigError
+from ..mesh import DEFAULT_ORDER
+from ..placement import NAMED as PLACEMENTS
+from ..schedules import NAMED as SCHEDULES
+from .rules import Rule, above, at_least, between, check, each, kind_of, one_of
+
+SHAPES = ("llama", "gpt2")
+TRAINING_SCHEDULES = tuple(name for name in SCHEDULES if name != "forward")
+DTYPES = ("float32", "float64", "bfloat16")
+DECAYS = ("cosine", "constant")
+
+_AXES_ONCE = Rule(f"{', '.join(DEFAULT_ORDER)} once each, in any order", lambda v: sorted(v) == sorted(DEFAULT_ORDER))
+
+
+class Section:
+    """Holds every section to its annotations, also where it is built in Python."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self), include_extras=True)
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            try:
+                check(kind_of(hints[f.name]), value)
+            except ConfigError as error:
+                raise ConfigError(f"{type(self).__name__}.{f.name} = {value!r}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The decoder that is trained."""
+
+    shape: Annotated[str, one_of(SHAPES)] = "llama"
+    """llama: RMSNorm, rotary positions, SwiGLU, no biases. gpt2: LayerNorm, learned positions, GELU, biases."""
+    layers: Annotated[int, at_least(1)] = 4
+    """Number of transformer blocks."""
+    hidden: Annotated[int, at_least(1)] = 128
+    """Width of the residual stream; a multiple of heads."""
+    heads: Annotated[int, at_least(1)] = 4
+    """Attention heads; a multiple of parallel.tp."""
+    kv_heads: Annotated[int | None, at_least(1)] = None
+    """Key and value heads, shared by heads / kv_heads query heads each (grouped-query attention); none: as heads."""
+    ffn: Annotated[int | None, at_least(1)] = None
+    """Inner width of the feed-forward layer; none: 4 x hidden for gpt2, 8/3 x hidden rounded up to 32 for llama."""
+    seq: Annotated[int, at_least(1)] = 128
+    """Tokens per sample: the context length of the model and the window of the data."""
+    vocab: Annotated[int | None, at_least(2)] = None
+    """Size of the vocabulary; none: that of the data (256 for bytes). Larger pads, smaller is an error."""
+    dropout: Annotated[float, between(0, 1)] = 0.0
+    """Probability of dropping an element after the embedding, the attention and the feed-forward layer (gpt2)."""
+    tied: bool = False
+    """Use one matrix for the token embedding and the output projection."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """The text that is trained on, as bytes."""
+
+    path: str | None = None
+    """Text file, or folder whose files are joined in sorted order (hidden files left out);
+    none: the sources of this Python's standard library, read in place."""
+    seed: int = 0
+    """Seed of the order of samples."""
+    held_out: Annotated[float, between(0, 1)] = 0.01
+    """Part of the text, at its end, that is kept for evaluation and never trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """How the ranks of the world share the work; dp x pp x tp is their number."""
+
+    dp: Annotated[int | None, at_least(1)] = None
+    """Data-parallel size; none: what pp and tp leave over."""
+    pp: Annotated[int, at_least(1)] = 1
+    """Pipeline stages."""
+    tp: Annotated[int, at_least(1)] = 1
+    """Tensor-parallel size: ranks that share each layer."""
+    sequence: bool = False
+    """Split the activations between tensor-parallel regions along the sequence over tp."""
+    order: Annotated[tuple[str, ...], _AXES_ONCE] = DEFAULT_ORDER
+    """Mesh axes, slowest first: the ranks along the last one are neighbours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(Section):
+    """The order of forwards and backwards in the pipeline."""
+
+    kind: Annotated[str, one_of(TRAINING_SCHEDULES)] = "1f1b"
+    """1f1b: one forward, one backward, activations of at most pp microbatches. gpipe: all forwards first."""
+    microbatches: Annotated[int | None, at_least(1)] = None
+    """Parts that the samples of a dp rank are split into; none: 2 x pp as far as there are samples, 1 without pp."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementConfig(Section):
+    """Where the training state lives."""
+
+    name: Annotated[str, one_of(PLACEMENTS)] = "zero1"
+    """zero0: everything whole on every dp rank. zero1: optimizer state sharded over dp."""
+    bucket_mb: Annotated[float, above(0)] = 16.0
+    """MiB of gradient that travel together; at least one parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Section):
+    """AdamW with warm-up and decay of the learning rate."""
+
+    lr: Annotated[float, above(0)] = 1e-3
+    """Highest learning rate."""
+    min_lr: Annotated[float | None, at_least(0)] = None
+    """Learning rate at the end of the decay, at most lr; none: lr / 10."""
+    warmup: Annotated[int, at_least(0)] = 10
+    """Steps over which the learning rate grows linearly from 0 to lr."""
+    decay: Annotated[str, one_of(DECAYS)] = "cosine"
+    """cosine: from lr to min_lr at optim.steps. constant: lr after the warm-up."""
+    steps: Annotated[int | None, at_least(1)] = None
+    """Step at which the decay ends; none: train.steps."""
+    betas: Annotated[tuple[float, float], each(between(0, 1))] = (0.9, 0.95)
+    """Decay rates of the two moment averages."""
+    eps: Annotated[float, above(0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, at_least(0)] = 0.1
+    """Decoupled decay of matrices; vectors (norms, biases) are not decayed."""
+    clip: Annotated[float | None, above(0)] = 1.0
+    """Global norm that gradients are scaled down to; none: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """The run itself."""
+
+    steps: Annotated[int, at_least(1)] = 200
+    """Optimizer steps."""
+    batch: Annotated[int, at_least(1)] = 32
+    """Samples per step over all ranks; a multiple of dp."""
+    seed: int = 0
+    """Seed of initial weights and dropout; draws depend on it, not on the mesh."""
+    dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    """Type of parameters and activations."""
+    log_every: Annotated[int, at_least(1)] = 10
+    """Steps between lines of progress where the output is not a terminal."""
+    eval_every: Annotated[int, at_least(0)] = 0
+    """Steps between evaluations on the held-out text; 0: once, at the end."""
+    eval_batches: Annotated[int, at_least(0)] = 4
+    """Batches of one evaluation; 0: no evaluation."""
+    threads: Annotated[int | None, at_least(1)] = None
+    """CPU threads of a rank; none: the cores this process may use, shared among the ranks of the host."""
+    deadline: Annotated[float, above(0)] = 600.0
+    """Seconds a rank waits for the others before it gives up and names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """What a run leaves behind."""
+
+    dir: str | None = None
+    """Folder for config.toml, metrics.jsonl and the plot; none: a new runs/<date>-<time>."""
+    overwrite: bool = False
+    """Replace the files of an earlier run in run.dir, instead of refusing a folder that is not empty."""
+    plot: bool = True
+    """Draw loss.svg and loss.png at the end (needs matplotlib: pip install 'triloom[plot]')."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run, one field per section."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "parallel": ParallelConfig,
+    "schedule": ScheduleConfig,
+    "placement": PlacementConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "run": RunConfig,
+}
+"""Section name to its class, in the order of ``Config``."""
