@@ -22,9 +22,8 @@ HEADERS = sorted(str(path) for pattern in ("*.h", "*.hpp") for path in Path("csr
 
 # No -march: one binary runs on every x86-64 and arm64, hot loops carry target_clones instead, which
 # vectorise only without errno. No contraction: the same bits on every instruction set. No OpenMP.
-COMPILE_FLAGS = (
-    "-O3 -g0 -std=c++17 -ffp-contract=off -fno-math-errno -fvisibility=hidden -pthread -Wall -Wextra".split()
-)
+COMPILE_FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-math-errno"]
+COMPILE_FLAGS += ["-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 LINK_FLAGS = ["-pthread", "-ldl"]
 
 

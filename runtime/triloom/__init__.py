@@ -1,1 +1,71 @@
-"""triloom: tensor, pipeline and data parallel training under mpirun."""
+"""triloom: tensor, pipeline and data parallelism and a memory hierarchy woven into one training step.
+
+The names below are imported when they are first used: ``import triloom`` itself only costs this file.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .boot import World as World
+    from .boot import init as init
+    from .engine import Engine as Engine
+    from .errors import ConfigError as ConfigError
+    from .errors import DeadlineError as DeadlineError
+    from .errors import DeadlockError as DeadlockError
+    from .errors import GroupError as GroupError
+    from .errors import MeshError as MeshError
+    from .errors import MismatchError as MismatchError
+    from .errors import ProgramError as ProgramError
+    from .errors import TriloomError as TriloomError
+    from .groups.base import Group as Group
+    from .groups.solo import Solo as Solo
+    from .groups.threads import run_threads as run_threads
+    from .mesh import Mesh as Mesh
+    from .mesh import make_mesh as make_mesh
+    from .optim import AdamW as AdamW
+    from .placement import Placement as Placement
+    from .placement import zero0 as zero0
+    from .placement import zero1 as zero1
+    from .scope import Scope as Scope
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "boot": ("World", "init"),
+    "engine": ("Engine",),
+    "errors": (
+        "ConfigError",
+        "DeadlineError",
+        "DeadlockError",
+        "GroupError",
+        "MeshError",
+        "MismatchError",
+        "ProgramError",
+        "TriloomError",
+    ),
+    "groups.base": ("Group",),
+    "groups.solo": ("Solo",),
+    "groups.threads": ("run_threads",),
+    "mesh": ("Mesh", "make_mesh"),
+    "optim": ("AdamW",),
+    "placement": ("Placement", "zero0", "zero1"),
+    "scope": ("Scope",),
+}
+"""Module -> the public names it holds; the imports above say the same to type checkers."""
+
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", *sorted(_MODULE)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f".{_MODULE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE])
