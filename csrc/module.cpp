@@ -1,0 +1,93 @@
+// triloom._C: addresses and sizes in, errors out. Arguments are checked by native.py and philox.py,
+// which own the tensors; nothing here knows torch. Every function that takes long gives up the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "adamw.h"
+#include "elementwise.h"
+#include "philox.h"
+#include "pool.h"
+#include "reduce.h"
+
+namespace py = pybind11;
+
+namespace triloom {
+namespace {
+
+using Address = std::uintptr_t;
+using Sizes = std::vector<int64_t>;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+void* at(Address a) { return reinterpret_cast<void*>(a); }
+
+Box box(const Sizes& sizes, const Sizes& out, const Sizes& in, const Sizes& index, uint64_t key, uint64_t base) {
+    require(out.size() == sizes.size() && in.size() == sizes.size() && index.size() == sizes.size(),
+            "sizes and strides must have the same length");
+    Box b{{}, key, base};
+    for (size_t k = 0; k < sizes.size(); ++k) b.axes.push_back({sizes[k], out[k], in[k], index[k]});
+    return b;
+}
+
+void py_fill_uniform(Address out, int dtype, const Sizes& sizes, const Sizes& strides, const Sizes& index, uint64_t key,
+                     uint64_t base, double low, double high, Pool* pool) {
+    fill_uniform(at(out), dtype_of(dtype), box(sizes, strides, strides, index, key, base), low, high, pool);
+}
+
+void py_fill_normal(Address out, int dtype, const Sizes& sizes, const Sizes& strides, const Sizes& index, uint64_t key,
+                    uint64_t base, double mean, double std, Pool* pool) {
+    fill_normal(at(out), dtype_of(dtype), box(sizes, strides, strides, index, key, base), mean, std, pool);
+}
+
+void py_dropout(Address out, Address in, int dtype, const Sizes& sizes, const Sizes& out_strides,
+                const Sizes& in_strides, const Sizes& index, uint64_t key, uint64_t base, uint32_t threshold,
+                double scale, Pool* pool) {
+    dropout(at(out), at(in), dtype_of(dtype), box(sizes, out_strides, in_strides, index, key, base), threshold, scale,
+            pool);
+}
+
+void py_adamw(Address param, Address grad, Address exp_avg, Address exp_avg_sq, Address low, int state_dtype,
+              int grad_dtype, int low_dtype, int64_t n, const std::array<double, 9>& x, Pool* pool) {
+    adamw({at(param), at(grad), at(exp_avg), at(exp_avg_sq), at(low), dtype_of(state_dtype), dtype_of(grad_dtype),
+           dtype_of(low_dtype)},
+          n, {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8]}, pool);
+}
+
+bool py_partials(Address data, int dtype, int64_t n, Address partials, Pool* pool) {
+    return sum_squares_partials(at(data), dtype_of(dtype), n, static_cast<double*>(at(partials)), pool);
+}
+
+void py_sqrt(Address data, int dtype, int64_t n, Pool* pool) { sqrt_in_place(at(data), dtype_of(dtype), n, pool); }
+
+double py_sum_in_order(Address data, int64_t n) { return sum_in_order(static_cast<const double*>(at(data)), n); }
+
+void py_reduce_ranks(Address out, const std::vector<Address>& inputs, int dtype, int64_t n, int op, Pool* pool) {
+    require(op >= 0 && op <= 2, "reduce_ranks: the operation is not 0 (sum), 1 (max) or 2 (min)");
+    std::vector<const void*> pointers;
+    for (Address a : inputs) pointers.push_back(at(a));
+    reduce_ranks(at(out), pointers, dtype_of(dtype), n, static_cast<ReduceOp>(op), pool);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Native kernels of triloom; use them through triloom.native and triloom.philox.";
+    const py::object base = py::module_::import("triloom.errors").attr("TriloomError");
+    py::register_exception<Error>(m, "NativeError", base);
+    m.attr("SUM_BLOCK") = kSumBlock;
+
+    py::class_<Pool>(m, "Pool", "Threads that share the work of one call; pass it explicitly. Unusable after fork().")
+        .def(py::init<int>(), py::arg("threads"))
+        .def_property_readonly("threads", &Pool::threads, "Threads that work, the caller included.");
+
+    m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
+    m.def("fill_uniform", &py_fill_uniform, NoGil());
+    m.def("fill_normal", &py_fill_normal, NoGil());
+    m.def("dropout", &py_dropout, NoGil());
+    m.def("adamw", &py_adamw, NoGil());
+    m.def("sqrt", &py_sqrt, NoGil());
+    m.def("sum_squares_partials", &py_partials, NoGil());
+    m.def("sum_in_order", &py_sum_in_order, NoGil());
+    m.def("reduce_ranks", &py_reduce_ranks, NoGil());
+}
+
+}  // namespace triloom
