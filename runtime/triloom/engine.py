@@ -1,0 +1,306 @@
+"""The engine: a model, a mesh, a schedule and a placement, composed into a training step.
+
+Composition only: every part is usable without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import schedules
+from .actions import Action, Program
+from .errors import ConfigError
+from .groups.base import Group
+from .groups.mesh_groups import mesh_groups
+from .groups.objects import agree, gather_objects
+from .groups.solo import Solo
+from .mesh import Mesh, make_mesh
+from .optim import AdamW, Optimizer
+from .parallel import build
+from .parallel.build import UnitLike
+from .parallel.cut import Boundary, boundary
+from .parallel.executor import Executor, Recorder, StepState, UnitRun
+from .parallel.gather import gather_full
+from .parallel.partition import partition
+from .parallel.sharded import ShardedState
+from .parallel.totals import Totals
+from .parallel.weight_grads import UnitGrads
+from .parallel.wire import Wire
+from .passes import BucketInfo, StateLayout, add_communication, add_state
+from .placement import Placement, zero1
+from .schedules import Schedule
+from .scope import Scope
+from .shards import ShardSpec, split_even
+from .verify import Verdict, verify
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a step reports; the same on every rank."""
+
+    step: int
+    loss: float
+    """Sum of the losses over the global batch divided by their weight."""
+    weight: float
+    """Global loss weight (tokens that counted, or samples)."""
+    grad_norm: float
+    """2-norm of the whole gradient before clipping."""
+    lr: float
+
+
+class Engine:
+    """Trains a list of units on a mesh.
+
+    units: modules (or functions of a Scope that build them, so that a rank holds only its own), in
+    order, optionally by name. loss: the last unit, ``forward(x, targets) -> (sum, weight)`` with a
+    method ``weight(targets)``; ``mean_loss(f)`` makes one of a mean. ties: groups of global parameter
+    names (``unit.parameter``) that share one value; one Parameter object used in several units is
+    tied without being named.
+
+    world: group of all ranks (``triloom.init().group``), a single rank if left out. mesh: how they are
+    arranged, all data parallel if left out. schedule: a name of ``schedules.NAMED`` or a Schedule.
+    microbatches: pieces each dp rank's batch is cut into. stages: number of units of each stage,
+    even if left out. clip: largest global gradient norm, None for no clipping.
+
+    Raises ConfigError, MeshError or ProgramError, on every rank, before the first step.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[UnitLike] | Mapping[str, UnitLike],
+        loss: UnitLike,
+        *,
+        world: Group | None = None,
+        mesh: Mesh | None = None,
+        optimizer: Optimizer | None = None,
+        schedule: str | Schedule = "1f1b",
+        microbatches: int = 1,
+        placement: Placement | None = None,
+        clip: float | None = 1.0,
+        ties: Sequence[Sequence[str]] = (),
+        stages: Sequence[int] | None = None,
+        sequence_parallel: bool = False,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        record: Recorder | None = None,
+    ) -> None:
+        self.world = world or Solo()
+        self.mesh = mesh or make_mesh(self.world.size)
+        self.placement = placement or zero1()
+        self.optimizer = optimizer or AdamW()
+        self.groups = mesh_groups(self.world, self.mesh)
+        self.steps = 0
+        self._microbatches = microbatches
+        self._named = build.name_units(units, loss)
+        pp = self.groups.axis("pp")
+        order = _schedule(schedule)(pp.size, microbatches)
+        self._stages = partition(len(self._named), len(order.stages), stages)
+        self._where = order.stages
+        agree(self.world, "the engine's configuration", self._fingerprint(order, clip, seed, ties))
+        self.scope = Scope(
+            tp=self.groups.axis("tp"),
+            sequence_parallel=sequence_parallel and self.groups.axis("tp").size > 1,
+            seed=seed,
+            device=device or torch.device("cpu"),
+            dtype=dtype,
+        )
+        self._build(ties)
+        self._totals = self._make_totals(clip)
+        self._executor = self._make_executor(record)
+        self.program, self.verdict = self._compile(order)
+        self._eval_program: Program | None = None
+
+    # -- composition -----------------------------------------------------------------------------
+
+    def _fingerprint(self, order: Program, clip: float | None, seed: int, ties: Sequence[Sequence[str]]) -> list[Any]:
+        """What must be equal on every rank, as JSON."""
+        return [
+            list(self._named), order.to_csv(), clip, seed, [list(t) for t in ties], [len(s) for s in self._stages],
+            str(self.placement), type(self.optimizer).__name__,
+        ]  # fmt: skip
+
+    def _build(self, ties: Sequence[Sequence[str]]) -> None:
+        here = self.groups.axis("pp").rank
+        coord_of = [self._where[s] for s, run in enumerate(self._stages) for _ in run]
+        mine = [u for u, c in enumerate(coord_of) if c == here]
+        self.modules = build.build_units(self._named, mine, self.scope)
+        self._ties = build.find_ties(self._named, ties, coord_of)
+        params = build.collect(self._named, self.modules, self._ties)
+        tie_groups = build.tie_groups(self._ties, self.groups.axis("pp"))
+        build.replicate(self.modules, params, self.groups, tie_groups)
+        self.state = ShardedState(
+            params,
+            dp=self.groups.axis("dp"),
+            tp=self.groups.axis("tp"),
+            coord=here,
+            tie_groups=tie_groups,
+            placement=self.placement,
+            optimizer=self.optimizer,
+            device=self.scope.device,
+        )
+        self._units = {
+            u: UnitRun(
+                index=u,
+                module=m,
+                params=[p for p in m.parameters() if p.requires_grad],
+                grads=UnitGrads({id(p): self.state.uses[u, id(p)] for p in m.parameters() if p.requires_grad}),
+                is_loss=u == len(self._named) - 1,
+            )
+            for u, m in self.modules.items()
+        }
+
+    def _make_totals(self, clip: float | None) -> Totals:
+        loss: Any = self.modules.get(len(self._named) - 1)
+        tp = self.groups.axis("tp")
+        return Totals(
+            world=self.world,
+            dp=self.groups.axis("dp"),
+            state=self.state,
+            weigh=None if loss is None else loss.weight,
+            counts=loss is not None and tp.rank == 0,
+            clip=clip,
+            tp_rank=tp.rank,
+        )
+
+    def _make_executor(self, record: Recorder | None) -> Executor:
+        return Executor(
+            stages=self._stages,
+            where=self._where,
+            here=self.groups.axis("pp").rank,
+            units=self._units,
+            wire=Wire(self.groups.link, self.scope.device),
+            scope=self.scope,
+            handlers={**self.state.handlers(), **self._totals.handlers()},
+            record=record,
+        )
+
+    def _compile(self, order: Program) -> tuple[Program, Verdict]:
+        """Schedule, communication, state; then the proof."""
+        uses: dict[str, set[int]] = {}
+        for p in build.collect(self._named, self.modules, self._ties):
+            uses.setdefault(p.name, set()).add(p.unit)
+        mine = [
+            [
+                sorted({u for s in b.bucket.slots for u in uses[s.name]}),
+                sorted({t.index for s in b.bucket.slots if (t := self.state.params[s.name].tie) is not None}),
+            ]
+            for b in self.state.buckets
+        ]
+        rows = gather_objects(self.groups.axis("pp"), mine)
+        layout = StateLayout(
+            tuple(tuple(run) for run in self._stages),
+            tuple(tuple(BucketInfo(k, tuple(u), tuple(t)) for k, (u, t) in enumerate(row)) for row in rows),
+        )
+        program = add_state(add_communication(order), layout, self.placement)
+        return program, self._verify(program, layout)
+
+    def _verify(self, program: Program, layout: StateLayout | None) -> Verdict:
+        return verify(program)
+
+    # -- use -------------------------------------------------------------------------------------
+
+    def step(self, inputs: Any, targets: Any) -> Metrics:
+        """One optimizer step on this dp rank's samples (pytrees of tensors, dim 0 is the batch).
+
+        Every rank of a dp coordinate passes the same samples.
+        """
+        self._mode(training=True)
+        state = self._begin(inputs, targets, training=True)
+        state.lr = self.optimizer.lr(self.steps) if callable(self.optimizer.lr) else self.optimizer.lr
+        self.state.begin_step()
+        self._executor.run(self._actions(self.program), state)
+        self.state.end_step()
+        self.steps += 1
+        return Metrics(state.step, state.loss, state.total_weight, state.grad_norm, state.lr)
+
+    def evaluate(self, inputs: Any, targets: Any) -> Metrics:
+        """Loss without a gradient or an update; gradient norm and learning rate are 0."""
+        if self._eval_program is None:
+            self._eval_program = add_communication(schedules.forward_only(len(self._stages), self._microbatches))
+            self._verify(self._eval_program, None)
+        self._mode(training=False)
+        state = self._begin(inputs, targets, training=False)
+        self._executor.run(self._actions(self._eval_program), state)
+        self._totals.finish_evaluation(state)
+        return Metrics(state.step, state.loss, state.total_weight, 0.0, 0.0)
+
+    def full_state(self, kind: str = "params") -> dict[str, torch.Tensor]:
+        """Whole tensors by global name on every rank: ``params``, ``master``, or a state of the optimizer.
+
+        Collective. Holds the whole model on every rank: for tests, export and small models.
+        """
+        specs: dict[str, ShardSpec] = {name: p.spec for name, p in self.state.params.items()}
+        return gather_full(self.state.whole(kind), specs, self.groups)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes this rank holds, by class; activations at their peak."""
+        return {**self.state.bytes(), "activations": self._executor.activations.peak}
+
+    def close(self) -> None:
+        """Release the groups made for the mesh; the world stays the caller's."""
+        self.groups.close()
+
+    # -- details ---------------------------------------------------------------------------------
+
+    def _actions(self, program: Program) -> Sequence[Action]:
+        return program.ranks[self.groups.axis("pp").rank]
+
+    def _mode(self, *, training: bool) -> None:
+        for m in self.modules.values():
+            if m.training != training:
+                m.train(training)
+
+    def _begin(self, inputs: Any, targets: Any, *, training: bool) -> StepState:
+        device = self.scope.device
+        x, sizes = _microbatches(pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), inputs), self._microbatches)
+        y, _ = _microbatches(pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), targets), self._microbatches)
+        batch = sum(sizes)
+        first = self.groups.axis("dp").rank * batch
+        starts = [first + sum(sizes[:i]) for i in range(len(sizes))]
+        bounds = [boundary(t) for t in x]
+        return StepState(
+            inputs=bounds,
+            targets=y,
+            signatures=[(training, *_shapes(b)) for b in bounds],
+            samples=starts,
+            step=self.steps,
+            training=training,
+        )
+
+
+def _shapes(b: Boundary) -> tuple[Any, ...]:
+    return tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in b.leaves)
+
+
+def _schedule(schedule: str | Schedule) -> Schedule:
+    if not isinstance(schedule, str):
+        return schedule
+    if schedule not in schedules.NAMED:
+        raise ConfigError(f"schedule {schedule!r} is not known; choose one of {', '.join(schedules.NAMED)}")
+    return schedules.NAMED[schedule]
+
+
+def _microbatches(tree: Any, count: int) -> tuple[list[Any], list[int]]:
+    """A batch cut along dim 0 into ``count`` pieces whose sizes differ by at most one."""
+    leaves, spec = pytree.tree_flatten(tree)
+    sizes = {x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()}
+    if len(sizes) != 1:
+        raise ConfigError(f"the tensors of a batch must agree on dim 0, got sizes {sorted(sizes)}")
+    (batch,) = sizes
+    if batch < count:
+        raise ConfigError(
+            f"a batch of {batch} samples a dp rank cannot be cut into {count} microbatches; "
+            f"pass at least {count} samples or use fewer microbatches"
+        )
+    ranges = split_even(batch, count)
+    pieces = [
+        pytree.tree_unflatten([x[a:b] if isinstance(x, torch.Tensor) and x.dim() else x for x in leaves], spec)
+        for a, b in ranges
+    ]
+    return pieces, [b - a for a, b in ranges]

@@ -1,0 +1,188 @@
+"""From a user's units to the modules, parameters and ties of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..errors import ConfigError
+from ..groups.base import Group
+from ..groups.mesh_groups import MeshGroups
+from ..scope import Scope
+from ..shards import ShardSpec
+from . import ties as tied
+from .sharded import LocalParam
+from .ties import Tie
+
+UnitLike = nn.Module | Callable[[Scope], nn.Module]
+"""A module, or a function that builds it (so that only the ranks that run a unit hold it)."""
+
+LOSS = "loss"
+"""Name of the loss unit."""
+
+
+def name_units(units: Sequence[UnitLike] | Mapping[str, UnitLike], loss: UnitLike) -> dict[str, UnitLike]:
+    """All units by name, the loss last."""
+    named = dict(units) if isinstance(units, Mapping) else {str(i): u for i, u in enumerate(units)}
+    if LOSS in named:
+        raise ConfigError(f"the unit name {LOSS!r} belongs to the loss; give the unit another name")
+    for name, unit in [*named.items(), (LOSS, loss)]:
+        if not callable(unit):
+            raise ConfigError(f"unit {name!r} is a {type(unit).__name__}; give an nn.Module or a function of a Scope")
+    return {**named, LOSS: loss}
+
+
+def build_units(named: Mapping[str, UnitLike], wanted: Sequence[int], scope: Scope) -> dict[int, nn.Module]:
+    """The wanted units by number, on the scope's device."""
+    out: dict[int, nn.Module] = {}
+    for index, (name, unit) in enumerate(named.items()):
+        if index not in wanted:
+            continue
+        scope.unit = index
+        module = unit if isinstance(unit, nn.Module) else unit(scope)
+        if not isinstance(module, nn.Module):
+            raise ConfigError(
+                f"unit {name!r} built a {type(module).__name__}, not an nn.Module; wrap a plain loss function "
+                "as triloom.mean_loss(function)"
+            )
+        if name == LOSS and not callable(getattr(module, "weight", None)):
+            raise ConfigError(
+                f"the loss unit {type(module).__name__} needs a method weight(targets); it returns (sum, weight) "
+                "from forward(x, targets). Wrap a mean loss as triloom.mean_loss(function)"
+            )
+        out[index] = module.to(scope.device)
+    return out
+
+
+def find_ties(
+    named: Mapping[str, UnitLike], explicit: Sequence[Sequence[str]], coord_of: Sequence[int]
+) -> tuple[Tie, ...]:
+    """Ties given by name, and those a user made by using one Parameter object in several units."""
+    modules = {n: u for n, u in named.items() if isinstance(u, nn.Module)}
+    implicit = [group for group in tied.shared_names(modules) if not any(group[0] in e for e in explicit)]
+    unit_of = {name: i for i, name in enumerate(named)}
+    return tied.resolve([*explicit, *implicit], unit_of, coord_of)
+
+
+def collect(
+    named: Mapping[str, UnitLike], modules: Mapping[int, nn.Module], ties: Sequence[Tie]
+) -> list[LocalParam]:
+    """Every use of every trainable parameter of this rank, in unit order, tied uses made one object."""
+    names = list(named)
+    by_use = {name: t for t in ties for name in t.names}
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    out: list[LocalParam] = []
+    for u in sorted(modules):
+        for owner, local, full in _parameters(modules[u]):
+            name = f"{names[u]}.{full}"
+            param = owner._parameters[local]
+            tie = by_use.get(name)
+            if param is None:
+                continue
+            if tie is not None:
+                param = _join(first.setdefault(tie.index, (name, param)), name, owner, local, param)
+            if param.requires_grad:
+                spec = getattr(owner, "shards", {}).get(local) or ShardSpec(tuple(param.shape))
+                out.append(LocalParam(tie.names[0] if tie else name, u, param, spec, tie))
+    _check_ties_found(ties, names, modules)
+    return out
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(owner, local name, full name) of each distinct parameter of a unit."""
+    seen: set[int] = set()
+    for prefix, owner in module.named_modules():
+        for local, p in owner._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield owner, local, f"{prefix}.{local}" if prefix else local
+
+
+def _join(
+    first: tuple[str, nn.Parameter], name: str, owner: nn.Module, local: str, param: nn.Parameter
+) -> nn.Parameter:
+    first_name, one = first
+    if one.shape != param.shape:
+        raise ConfigError(
+            f"tied parameters differ in shape: {first_name} {tuple(one.shape)}, {name} {tuple(param.shape)}"
+        )
+    if one is not param:
+        owner._parameters[local] = one
+    return one
+
+
+def _check_ties_found(ties: Sequence[Tie], names: Sequence[str], modules: Mapping[int, nn.Module]) -> None:
+    have = {f"{names[u]}.{n}" for u, m in modules.items() for n, _ in m.named_parameters(remove_duplicate=False)}
+    for tie in ties:
+        for name, unit in zip(tie.names, tie.units, strict=True):
+            if unit in modules and name not in have:
+                near = sorted(n for n in have if n.startswith(names[unit] + "."))
+                raise ConfigError(f"tied parameter {name!r} does not exist; unit {names[unit]!r} has {near}")
+
+
+def tie_groups(ties: Sequence[Tie], pp: Group) -> dict[int, Group]:
+    """A group over the coordinates of each tie that spans several; collective over pp."""
+    out: dict[int, Group] = {}
+    for tie in ties:
+        members = tie.members()
+        if len(members) > 1:
+            group = pp.split([members], f"tie{tie.index}")
+            if pp.rank in members:
+                out[tie.index] = group
+    return out
+
+
+def replicate(
+    modules: Mapping[int, nn.Module], params: Sequence[LocalParam], groups: MeshGroups, ties: Mapping[int, Group]
+) -> None:
+    """Give replicated parameters and buffers the values of the first rank that holds them.
+
+    Own layers draw the same values everywhere; a user's modules were initialised by each rank's own
+    generator. Costs one broadcast of the model at start.
+    """
+    sharded = {id(p.param) for p in params if p.spec.dim is not None}
+    for u in sorted(modules):
+        for t in [*modules[u].parameters(), *modules[u].buffers()]:
+            data = t.data.contiguous()
+            for group in (groups.axis("dp"), *(() if id(t) in sharded else (groups.axis("tp"),))):
+                _broadcast(group, data)
+            t.data.copy_(data)
+    for use in params:
+        if use.tie is not None and use.tie.index in ties:
+            data = use.param.data.contiguous()
+            _broadcast(ties[use.tie.index], data)
+            use.param.data.copy_(data)
+
+
+def _broadcast(group: Group, data: torch.Tensor) -> None:
+    if group.size > 1:
+        as_bytes: Any = data.to(torch.int64) if not data.is_floating_point() else data
+        group.broadcast(as_bytes, 0).wait()
+        if as_bytes is not data:
+            data.copy_(as_bytes)
+
+
+class MeanLoss(nn.Module):
+    """A loss that averages over the samples of a microbatch, as a loss unit (sum, weight)."""
+
+    def __init__(self, function: Callable[[Any, Any], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = self.weight(targets)
+        loss = self.function(x, targets)
+        return loss * weight.to(loss.dtype), weight
+
+    def weight(self, targets: Any) -> torch.Tensor:
+        first = pytree.tree_leaves(targets)[0]
+        return torch.tensor(float(first.shape[0]))
+
+
+def mean_loss(function: Callable[[Any, Any], torch.Tensor]) -> MeanLoss:
+    """``function(outputs, targets)`` returning the mean over samples (``F.mse_loss``, ``F.cross_entropy``)."""
+    return MeanLoss(function)

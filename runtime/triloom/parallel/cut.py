@@ -1,0 +1,135 @@
+"""The autograd graph, cut at unit boundaries.
+
+A unit's forward runs on fresh leaves; its backward is one ``autograd.grad`` call from its outputs
+to those leaves and to its parameters. Nothing else connects units, so each can be run, recomputed,
+or freed wherever the program says, and the numbers equal those of the uncut graph bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..scope import WeightGrads
+
+Tree = Any
+"""A pytree of tensors and plain values."""
+
+
+class _Cut(torch.autograd.Function):
+    """Identity. Without it a unit whose first operation is in place would modify a leaf.
+
+    The forward returns a detached alias and not a view: autograd forbids in-place changes of a view
+    made in a custom Function. Costs about 7 us a boundary on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad
+
+
+@dataclass(slots=True)
+class Boundary:
+    """A pytree between units: leaves, structure, and which leaves carry gradients."""
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+    needs_grad: tuple[bool, ...]
+
+    def tree(self) -> Tree:
+        return pytree.tree_unflatten(self.leaves, self.spec)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [x for x in self.leaves if isinstance(x, torch.Tensor)]
+
+    def carriers(self) -> list[torch.Tensor]:
+        """The leaves whose gradient goes back, in order."""
+        return [x for x, need in zip(self.leaves, self.needs_grad, strict=True) if need]
+
+
+def boundary(tree: Tree) -> Boundary:
+    """Boundary of data that carries no gradient (a batch)."""
+    leaves, spec = pytree.tree_flatten(tree)
+    return Boundary(leaves, spec, (False,) * len(leaves))
+
+
+@dataclass(slots=True)
+class Pass:
+    """What a unit's forward leaves for its backward."""
+
+    inputs: list[torch.Tensor]
+    """Leaves that want a gradient, in the order of the input boundary's carriers."""
+    outputs: list[torch.Tensor]
+    """Outputs that have a graph, in the order of the output boundary's carriers."""
+
+
+def forward(unit: torch.nn.Module, x: Boundary, *extra: Tree) -> tuple[Boundary, Pass]:
+    """Run ``unit(x, *extra)`` on fresh leaves; ``extra`` (targets) carries no gradient."""
+    with torch.enable_grad():
+        inputs: list[torch.Tensor] = []
+        leaves: list[Any] = []
+        for leaf, need in zip(x.leaves, x.needs_grad, strict=True):
+            if need:
+                fresh = leaf.detach().requires_grad_()
+                inputs.append(fresh)
+                leaf = _Cut.apply(fresh)
+            leaves.append(leaf)
+        out = unit(pytree.tree_unflatten(leaves, x.spec), *extra)
+    out_leaves, spec = pytree.tree_flatten(out)
+    needs = tuple(isinstance(y, torch.Tensor) and y.requires_grad for y in out_leaves)
+    outputs = [y for y, need in zip(out_leaves, needs, strict=True) if need]
+    detached = [y.detach() if isinstance(y, torch.Tensor) else y for y in out_leaves]
+    return Boundary(detached, spec, needs), Pass(inputs, outputs)
+
+
+def forward_only(unit: torch.nn.Module, x: Boundary, *extra: Tree) -> Boundary:
+    """Run a unit without a graph (evaluation)."""
+    with torch.no_grad():
+        out = unit(x.tree(), *extra)
+    return boundary(out)
+
+
+def backward(
+    record: Pass,
+    grads: list[torch.Tensor],
+    params: list[torch.nn.Parameter],
+    sink: WeightGrads,
+) -> list[torch.Tensor]:
+    """Gradients of the inputs; weight gradients go to ``sink``.
+
+    Own layers have already handed their closures to the sink they captured in the forward and
+    return None; the gradients autograd made itself (norms, a foreign module) become closures here.
+    """
+    if not record.outputs:
+        return [torch.zeros_like(leaf) for leaf in record.inputs]
+    found = torch.autograd.grad(
+        record.outputs, [*record.inputs, *params], grads, allow_unused=True, retain_graph=False
+    )
+    n = len(record.inputs)
+    for param, grad in zip(params, found[n:], strict=True):
+        if grad is not None:
+            sink.add(param, _Write(grad))
+    return [
+        torch.zeros_like(leaf) if grad is None else grad.contiguous()
+        for leaf, grad in zip(record.inputs, found[:n], strict=True)
+    ]
+
+
+@dataclass(slots=True)
+class _Write:
+    """A weight gradient that already exists, as a closure."""
+
+    grad: torch.Tensor
+
+    def __call__(self, out: torch.Tensor, accumulate: bool) -> None:
+        if accumulate:
+            out.add_(self.grad)
+        else:
+            out.copy_(self.grad)

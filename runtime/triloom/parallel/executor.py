@@ -1,0 +1,257 @@
+"""Runs one rank's list of actions: one handler per kind of action, and nothing that decides.
+
+What a handler needs beyond its action lives in ``StepState`` (this step) or in the parts it is
+built from (units, wire, sharded state). The order of the list is the only control flow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..actions import Action, stage_of
+from ..errors import TriloomError
+from ..scope import Scope
+from . import cut
+from .activations import Activations
+from .cut import Boundary, Pass
+from .weight_grads import UnitGrads
+from .wire import TensorMeta, TreeMeta, Wire, encode, fill, meta_of
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRun:
+    """A unit on this rank."""
+
+    index: int
+    module: torch.nn.Module
+    params: list[torch.nn.Parameter]
+    grads: UnitGrads
+    is_loss: bool = False
+
+
+@dataclass(slots=True)
+class StepState:
+    """Everything that lives for one step."""
+
+    inputs: Sequence[Boundary]
+    targets: Sequence[Any]
+    signatures: Sequence[Any]
+    """Shapes of each microbatch: the key of remembered boundary shapes."""
+    samples: Sequence[int]
+    """Global index of each microbatch's first sample."""
+    step: int
+    lr: float = 0.0
+    training: bool = True
+    weights: list[float] = field(default_factory=list)
+    total_weight: float = 0.0
+    loss_scale: float = 0.0
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    loss: float = float("nan")
+    grad_norm: float = float("nan")
+    grad_scale: float = 1.0
+    passes: dict[tuple[int, int], Pass] = field(default_factory=dict)
+    """(unit, microbatch) -> what its backward needs."""
+    acts: dict[tuple[int, int], Boundary] = field(default_factory=dict)
+    """(stage, microbatch) -> output of the stage, until its consumer or its SEND took it."""
+    carriers: dict[tuple[int, int], list[TensorMeta]] = field(default_factory=dict)
+    """(stage, microbatch) -> shapes of the gradients its backward will be given."""
+    grads: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+    """(unit, microbatch) -> gradients of that unit's outputs."""
+    unknown: frozenset[Any] = frozenset()
+    """Signatures whose boundary shapes were unknown when the step began."""
+
+
+Handler = Callable[[Action, StepState], None]
+
+Recorder = Callable[[Action, int, int], None]
+"""``record(action, begin_ns, end_ns)``."""
+
+
+class Executor:
+    """Executes actions of the stages this rank holds.
+
+    stages: the units of every stage of the model, as global unit numbers; where: the pipeline
+    coordinate of every stage; here: this rank's coordinate; handlers: of the actions on sharded state.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[range],
+        where: Sequence[int],
+        here: int,
+        units: dict[int, UnitRun],
+        wire: Wire,
+        scope: Scope,
+        handlers: dict[str, Handler],
+        record: Recorder | None = None,
+    ) -> None:
+        self._stages = stages
+        self._where = where
+        self._here = here
+        self._units = units
+        self._stage_of_unit = {u: s for s, run in enumerate(stages) for u in run}
+        self._wire = wire
+        self._scope = scope
+        self._record = record
+        self._metas: dict[tuple[int, Any], TreeMeta] = {}
+        self._seen: set[Any] = set()
+        self.activations = Activations()
+        self._handlers: dict[str, Handler] = {
+            "F": self._forward,
+            "BW": self._backward_now,
+            "B": self._backward_deferred,
+            "W": self._weights,
+            "SEND": self._send,
+            "RECV": self._recv,
+            **handlers,
+        }
+
+    def run(self, actions: Sequence[Action], state: StepState) -> None:
+        """Execute a verified list. Returns with every transfer done."""
+        state.unknown = frozenset(state.signatures) - self._seen
+        if self._record is None:
+            for action in actions:
+                self._handlers[action.op](action, state)
+        else:
+            for action in actions:
+                begin = time.perf_counter_ns()
+                self._handlers[action.op](action, state)
+                self._record(action, begin, time.perf_counter_ns())
+        self._wire.drain()
+        self._seen |= state.unknown
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def _forward(self, action: Action, state: StepState) -> None:
+        stage, mb = stage_of(action), _mb(action)
+        x = self._stage_input(stage, mb, state)
+        for u in self._stages[stage]:
+            x = self._forward_unit(self._units[u], x, mb, state)
+        if stage + 1 < len(self._stages):
+            state.acts[stage, mb] = x
+            state.carriers[stage, mb] = [(tuple(t.shape), t.dtype) for t in x.carriers()]
+
+    def _stage_input(self, stage: int, mb: int, state: StepState) -> Boundary:
+        if stage == 0:
+            return state.inputs[mb]
+        peer = self._where[stage - 1]
+        if peer == self._here:
+            return state.acts.pop((stage - 1, mb))
+        tensors = self._wire.take(("act", stage - 1, mb), peer)
+        return fill(self._metas[stage - 1, state.signatures[mb]], tensors)
+
+    def _forward_unit(self, unit: UnitRun, x: Boundary, mb: int, state: StepState) -> Boundary:
+        scope = self._scope
+        scope.step, scope.unit, scope.microbatch = state.step, unit.index, mb
+        scope.sample0, scope.grads = state.samples[mb], unit.grads
+        extra = (state.targets[mb],) if unit.is_loss else ()
+        if not state.training:
+            out = cut.forward_only(unit.module, x, *extra)
+        else:
+            with self.activations.forward(unit, state.signatures[mb]):
+                out, state.passes[unit.index, mb] = cut.forward(unit.module, x, *extra)
+        if unit.is_loss:
+            state.losses[mb] = out.leaves[0]
+            if state.training:
+                seed = torch.full_like(out.leaves[0], state.loss_scale)
+                grads = [seed if i == 0 else torch.zeros_like(y) for i, y in enumerate(out.carriers())]
+                state.grads[unit.index, mb] = grads if out.needs_grad[0] else []
+        return out
+
+    # -- backward --------------------------------------------------------------------------------
+
+    def _backward_now(self, action: Action, state: StepState) -> None:
+        self._backward(action, state, deferring=None)
+
+    def _backward_deferred(self, action: Action, state: StepState) -> None:
+        self._backward(action, state, deferring=_mb(action))
+
+    def _backward(self, action: Action, state: StepState, deferring: int | None) -> None:
+        mb = _mb(action)
+        for u in reversed(self._subject_units(action)):
+            unit = self._units[u]
+            stage = self._stage_of_unit[u]
+            if u == self._stages[stage][-1] and stage + 1 < len(self._stages):
+                state.grads[u, mb] = self._stage_grads(stage, mb, state)
+            unit.grads.deferring = deferring
+            found = cut.backward(state.passes.pop((u, mb)), state.grads.pop((u, mb)), unit.params, unit.grads)
+            self.activations.release(unit, state.signatures[mb])
+            if u > 0:
+                state.grads[u - 1, mb] = found
+
+    def _stage_grads(self, stage: int, mb: int, state: StepState) -> list[torch.Tensor]:
+        """Gradients of a stage's outputs, from the stage after it."""
+        peer = self._where[stage + 1]
+        if peer == self._here:
+            return state.grads.pop((self._stages[stage][-1], mb))
+        grads = self._wire.take(("grad", stage + 1, mb), peer)
+        del state.carriers[stage, mb]
+        return grads
+
+    def _weights(self, action: Action, state: StepState) -> None:
+        for u in reversed(self._subject_units(action)):
+            self._units[u].grads.flush(_mb(action))
+
+    def _subject_units(self, action: Action) -> range:
+        index = action.subject.index or 0
+        return self._stages[index] if action.subject.kind == "stage" else range(index, index + 1)
+
+    # -- transfers -------------------------------------------------------------------------------
+
+    def _send(self, action: Action, state: StepState) -> None:
+        kind, stage = action.subject.kind, stage_of(action)
+        mb, peer = _mb(action), _peer(action)
+        if kind == "grad":
+            self._wire.send(state.grads.pop((self._stages[stage][0] - 1, mb)), peer)
+            return
+        x = state.acts.pop((stage, mb))
+        meta = meta_of(x)
+        signature = state.signatures[mb]
+        if signature in state.unknown:
+            self._wire.send([encode(meta)], peer)
+            self._metas[stage, signature] = meta
+        elif self._metas[stage, signature] != meta:
+            raise TriloomError(
+                f"stage {stage} gave another shape for microbatch {mb} than before with the same batch shapes: "
+                f"{self._metas[stage, signature].leaves} then, {meta.leaves} now; shapes between stages may depend on "
+                "the shapes of the batch only"
+            )
+        self._wire.send(x.tensors(), peer)
+
+    def _recv(self, action: Action, state: StepState) -> None:
+        kind, stage = action.subject.kind, stage_of(action)
+        mb, peer = _mb(action), _peer(action)
+        if kind == "grad":
+            self._expect_grad(stage, mb, peer, state)
+            return
+        signature = state.signatures[mb]
+
+        def from_header() -> list[TensorMeta]:
+            meta = self._wire.receive_header(peer)
+            self._metas[stage, signature] = meta
+            return meta.tensors()
+
+        known = None if signature in state.unknown else self._metas[stage, signature].tensors()
+        self._wire.expect(("act", stage, mb), peer, known, from_header)
+
+    def _expect_grad(self, stage: int, mb: int, peer: int, state: StepState) -> None:
+        key = (stage - 1, mb)
+        self._wire.expect(("grad", stage, mb), peer, state.carriers.get(key), lambda: state.carriers[key])
+
+
+def _mb(action: Action) -> int:
+    if action.microbatch is None:
+        raise TriloomError(f"action {action} needs a microbatch")
+    return action.microbatch
+
+
+def _peer(action: Action) -> int:
+    if not isinstance(action.peer, int):
+        raise TriloomError(f"action {action} needs the pipeline coordinate of its peer")
+    return action.peer
