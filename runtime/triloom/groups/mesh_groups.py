@@ -8,6 +8,7 @@ from typing import Literal
 from ..errors import MeshError
 from ..mesh import Mesh
 from .base import Group
+from .objects import agree
 from .solo import Solo
 
 AXES = (("tp",), ("pp",), ("dp",), ("dp", "tp"), ("pp", "tp"), ("dp", "pp"))
@@ -67,6 +68,8 @@ def mesh_groups(world: Group, mesh: Mesh, combinations: Iterable[tuple[str, ...]
     """
     if world.size != mesh.size:
         raise MeshError(f"the mesh {mesh} has {mesh.size} ranks, the group {world.name!r} has {world.size}")
+    combinations = tuple(combinations)
+    agree(world, "the mesh and its groups", [mesh.axes, combinations])
     groups: dict[tuple[str, ...], Group] = {}
     everything = _wide(mesh, mesh.names)
     for axes in combinations:

@@ -8,11 +8,7 @@ import torch
 
 from .base import ReduceOp
 
-_ACCUMULATE: dict[ReduceOp, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "sum": torch.Tensor.add_,
-    "max": lambda acc, x: torch.maximum(acc, x, out=acc),
-    "min": lambda acc, x: torch.minimum(acc, x, out=acc),
-}
+_PAIR: dict[ReduceOp, Callable[..., torch.Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -26,22 +22,18 @@ def reduce_in_rank_order(out: torch.Tensor, parts: Sequence[torch.Tensor], op: R
         if parts[0].data_ptr() != out.data_ptr():
             out.copy_(parts[0])
         return
-    accumulate = _ACCUMULATE[op]
     if out.dtype in _HALF:
         wide = parts[0].float()
         for part in parts[1:]:
-            accumulate(wide, part.float())
+            _PAIR[op](wide, part.float(), out=wide)
         out.copy_(wide)
         return
-    if any(part.data_ptr() == out.data_ptr() for part in parts[1:]):
-        acc = accumulate(parts[0].clone(), parts[1])  # out holds a later summand: do not overwrite it yet
-    else:
-        if parts[0].data_ptr() != out.data_ptr():
-            out.copy_(parts[0])
-        acc = accumulate(out, parts[1])
+    aliased = any(part.data_ptr() == out.data_ptr() for part in parts[2:])
+    acc = torch.empty_like(out) if aliased else out  # out holds a later summand: do not overwrite it yet
+    _PAIR[op](parts[0], parts[1], out=acc)
     for part in parts[2:]:
-        accumulate(acc, part)
-    if acc.data_ptr() != out.data_ptr():
+        _PAIR[op](acc, part, out=acc)
+    if aliased:
         out.copy_(acc)
 
 

@@ -1,0 +1,106 @@
+"""MPI as the group uses it: nonblocking bytes by address, tags, and reusable header slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .fingerprint import HEADER_BYTES
+from .progress import Pending
+
+INLINE_BYTES = 16 << 10
+"""A rank's input up to this size travels with its header, so that one exchange is enough."""
+ROW_BYTES = HEADER_BYTES + INLINE_BYTES
+_PIECE_BYTES = 1 << 30
+
+HEADER, SEND_HEADER, RECV_HEADER = 1, 2, 3
+"""Tags of messages that are matched by their order."""
+SCATTER, GATHER, TRANSFER = 0, 1, 2
+"""Phases with data; their tags carry the sequence number, as operations reach them in any order."""
+_FIRST_DATA_TAG = 8
+_PHASES = 4
+
+
+class Wire:
+    """A communicator of its own, and sends and receives of any length on it."""
+
+    def __init__(self, comm: Any) -> None:
+        from mpi4py import MPI  # whoever holds a communicator has initialised MPI
+
+        self.comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self.peers = [(self.rank + i) % self.size for i in range(1, self.size)]
+        self._address = MPI.buffer.fromaddress
+        self._byte = MPI.BYTE
+        upper = comm.Get_attr(MPI.TAG_UB) or 32767
+        self._window = (upper - _FIRST_DATA_TAG) // _PHASES
+
+    def tag(self, seq: int, phase: int) -> int:
+        return _FIRST_DATA_TAG + (seq % self._window) * _PHASES + phase
+
+    def memory(self, address: int, nbytes: int) -> Any:
+        """A writable buffer over memory that the caller keeps alive."""
+        return self._address(address, nbytes)
+
+    def isend(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
+        return self.comm.Isend([self._address(address, nbytes), self._byte], peer, tag)
+
+    def irecv(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
+        return self.comm.Irecv([self._address(address, nbytes), self._byte], peer, tag)
+
+    def recv_init(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
+        return self.comm.Recv_init([self._address(address, nbytes), self._byte], peer, tag)
+
+    def send(self, pending: Pending, tensor: torch.Tensor, peer: int, tag: int) -> None:
+        """Start sending a contiguous tensor in pieces; nothing is sent for an empty one."""
+        begin, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        for at in range(0, nbytes, _PIECE_BYTES):
+            pending.append((self.isend(begin + at, min(_PIECE_BYTES, nbytes - at), peer, tag), peer))
+
+    def recv(self, pending: Pending, tensor: torch.Tensor, peer: int, tag: int) -> None:
+        """Counterpart of :meth:`send`."""
+        begin, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        for at in range(0, nbytes, _PIECE_BYTES):
+            pending.append((self.irecv(begin + at, min(_PIECE_BYTES, nbytes - at), peer, tag), peer))
+
+
+class Slot:
+    """One row per rank of a group: its header and inline payload. The own row is what is sent."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.data = torch.zeros(wire.size * ROW_BYTES, dtype=torch.uint8)
+        self.begin = self.data.data_ptr()
+        self.rows = [wire.memory(self.begin + r * ROW_BYTES, ROW_BYTES) for r in range(wire.size)]
+        self.own = self.begin + wire.rank * ROW_BYTES
+        self.receives = [(wire.recv_init(self.begin + p * ROW_BYTES, ROW_BYTES, p, HEADER), p) for p in wire.peers]
+        self._views: dict[tuple[torch.dtype, int], list[torch.Tensor]] = {}
+
+    def post(self, header: bytes, payload: int, nbytes: int) -> Pending:
+        """Send header and payload (an address) to every peer, start receiving theirs; returns the sends."""
+        row = self.rows[self.wire.rank]
+        row[:HEADER_BYTES] = header
+        if nbytes:
+            row[HEADER_BYTES : HEADER_BYTES + nbytes] = self.wire.memory(payload, nbytes)
+        for request, _ in self.receives:
+            request.Start()
+        isend, own, total = self.wire.isend, self.own, HEADER_BYTES + nbytes
+        return [(isend(own, total, p, HEADER), p) for p in self.wire.peers]
+
+    def payloads(self, dtype: torch.dtype, numel: int) -> list[torch.Tensor]:
+        """The inline payloads as flat tensors, in rank order."""
+        views = self._views.get((dtype, numel))
+        if views is None:
+            if len(self._views) >= 256:
+                self._views.clear()
+            starts = [r * ROW_BYTES + HEADER_BYTES for r in range(self.wire.size)]
+            views = [self.data[s : s + numel * dtype.itemsize].view(dtype) for s in starts]
+            self._views[dtype, numel] = views
+        return views
+
+    def free(self) -> None:
+        """Free the persistent requests (none is active)."""
+        for request, _ in self.receives:
+            request.Free()
