@@ -1,6 +1,6 @@
 """Passes: each adds one kind of action to a program. Pure functions from Program to Program.
 
-    schedule(stages, microbatches) -> add_communication -> add_state -> verify
+schedule(stages, microbatches) -> add_communication -> add_state -> verify
 """
 
 from __future__ import annotations
