@@ -13,11 +13,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from . import schedules
-from .actions import Action, Program
+from .actions import COMPUTE, Action, Program
 from .errors import ConfigError
 from .groups.base import Group
 from .groups.mesh_groups import mesh_groups
-from .groups.objects import agree, gather_objects
+from .groups.objects import agree, gather_objects, together
 from .groups.solo import Solo
 from .mesh import Mesh, make_mesh
 from .optim import AdamW, Optimizer
@@ -27,7 +27,7 @@ from .parallel.cut import Boundary, boundary
 from .parallel.executor import Executor, Recorder, StepState, UnitRun
 from .parallel.gather import gather_full
 from .parallel.partition import partition
-from .parallel.sharded import ShardedState
+from .parallel.sharded import LocalParam, ShardedState
 from .parallel.totals import Totals
 from .parallel.weight_grads import UnitGrads
 from .parallel.wire import Wire
@@ -36,7 +36,11 @@ from .placement import Placement, zero1
 from .schedules import Schedule
 from .scope import Scope
 from .shards import ShardSpec, split_even
-from .verify import Verdict, verify
+from .verify import Verdict, inside, state_footprint, verify
+
+
+LANES = {"independent": "independent", "fifo": "per_rank"}
+"""Lanes of the proof by lanes of the pipeline group: all transfers of a rank share that one group."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,13 @@ class Engine:
         here = self.groups.axis("pp").rank
         coord_of = [self._where[s] for s, run in enumerate(self._stages) for _ in run]
         mine = [u for u, c in enumerate(coord_of) if c == here]
-        self.modules = build.build_units(self._named, mine, self.scope)
         self._ties = build.find_ties(self._named, ties, coord_of)
-        params = build.collect(self._named, self.modules, self._ties)
+
+        def local() -> tuple[dict[int, torch.nn.Module], list[LocalParam]]:
+            modules = build.build_units(self._named, mine, self.scope)
+            return modules, build.collect(self._named, modules, self._ties)
+
+        self.modules, params = together(self.world, "building the units", local)
         tie_groups = build.tie_groups(self._ties, self.groups.axis("pp"))
         build.replicate(self.modules, params, self.groups, tie_groups)
         self.state = ShardedState(
@@ -201,7 +209,16 @@ class Engine:
         return program, self._verify(program, layout)
 
     def _verify(self, program: Program, layout: StateLayout | None) -> Verdict:
-        return verify(program)
+        """The proof, with the collectives of tensor parallelism inside computes and those of the state actions."""
+        of_state, tp = state_footprint(layout), self.groups.axis("tp").size
+        return verify(
+            program,
+            lanes=LANES[self.groups.axis("pp").lanes],
+            footprint=lambda coord, a: [("tp", "layers", 0)] if tp > 1 and a.op in COMPUTE else of_state(coord, a),
+            groups={"tp": inside(len(program.ranks))},
+            layout=layout,
+            placement=self.placement,
+        )
 
     # -- use -------------------------------------------------------------------------------------
 

@@ -25,6 +25,11 @@ accumulation dtype), overwriting it or adding to it. Must not depend on when it 
 class WeightGrads(Protocol):
     """Takes the closures that compute weight gradients; runs them now or at the unit's W."""
 
+    @property
+    def immediate(self) -> bool:
+        """Whether ``add`` runs the closure before it returns, so that communication for it pays off now."""
+        ...
+
     def add(self, param: torch.nn.Parameter, write: GradWriter) -> None: ...
 
 

@@ -43,12 +43,7 @@ def build_units(named: Mapping[str, UnitLike], wanted: Sequence[int], scope: Sco
         if index not in wanted:
             continue
         scope.unit = index
-        module = unit if isinstance(unit, nn.Module) else unit(scope)
-        if not isinstance(module, nn.Module):
-            raise ConfigError(
-                f"unit {name!r} built a {type(module).__name__}, not an nn.Module; wrap a plain loss function "
-                "as triloom.mean_loss(function)"
-            )
+        module = unit if isinstance(unit, nn.Module) else _call(name, unit, scope)
         if name == LOSS and not callable(getattr(module, "weight", None)):
             raise ConfigError(
                 f"the loss unit {type(module).__name__} needs a method weight(targets); it returns (sum, weight) "
@@ -56,6 +51,17 @@ def build_units(named: Mapping[str, UnitLike], wanted: Sequence[int], scope: Sco
             )
         out[index] = module.to(scope.device)
     return out
+
+
+def _call(name: str, factory: Callable[[Scope], nn.Module], scope: Scope) -> nn.Module:
+    hint = "wrap a plain loss function as triloom.mean_loss(function)"
+    try:
+        module = factory(scope)
+    except TypeError as error:
+        raise ConfigError(f"unit {name!r}: {factory!r} is not a function of a Scope ({error}); {hint}") from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"unit {name!r} built a {type(module).__name__}, not an nn.Module; {hint}")
+    return module
 
 
 def find_ties(
@@ -151,11 +157,11 @@ def replicate(
             for group in (groups.axis("dp"), *(() if id(t) in sharded else (groups.axis("tp"),))):
                 _broadcast(group, data)
             t.data.copy_(data)
-    for use in params:
-        if use.tie is not None and use.tie.index in ties:
-            data = use.param.data.contiguous()
-            _broadcast(ties[use.tie.index], data)
-            use.param.data.copy_(data)
+    for index, group in sorted(ties.items()):
+        tied_param = next(p.param for p in params if p.tie is not None and p.tie.index == index)
+        data = tied_param.data.contiguous()
+        _broadcast(group, data)
+        tied_param.data.copy_(data)
 
 
 def _broadcast(group: Group, data: torch.Tensor) -> None:

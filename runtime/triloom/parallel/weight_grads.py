@@ -44,6 +44,10 @@ class UnitGrads:
     """Microbatch whose closures are kept for its W, or None to run them at once."""
     pending: dict[int, list[tuple[Accumulator, GradWriter]]] = field(default_factory=dict)
 
+    @property
+    def immediate(self) -> bool:
+        return self.deferring is None
+
     def add(self, param: torch.nn.Parameter, write: GradWriter) -> None:
         use = self.uses.get(id(param))
         if use is None:
