@@ -17,7 +17,7 @@ from .actions import COMPUTE, Action, Program
 from .errors import ConfigError
 from .groups.base import Group
 from .groups.mesh_groups import mesh_groups
-from .groups.objects import agree, gather_objects, together
+from .groups.objects import agree, gather_objects
 from .groups.solo import Solo
 from .mesh import Mesh, make_mesh
 from .optim import AdamW, Optimizer
@@ -36,6 +36,7 @@ from .placement import Placement, zero1
 from .schedules import Schedule
 from .scope import Scope
 from .shards import ShardSpec, split_even
+from .together import together
 from .verify import Verdict, inside, state_footprint, verify
 
 
@@ -139,7 +140,7 @@ class Engine:
             modules = build.build_units(self._named, mine, self.scope)
             return modules, build.collect(self._named, modules, self._ties)
 
-        self.modules, params = together(self.world, "building the units", local)
+        self.modules, params = together(self.world, local)
         tie_groups = build.tie_groups(self._ties, self.groups.axis("pp"))
         build.replicate(self.modules, params, self.groups, tie_groups)
         self.state = ShardedState(

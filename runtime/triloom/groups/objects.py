@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 
-from ..errors import ConfigError, MismatchError
+from ..errors import MismatchError
 from .base import Group
 from .fingerprint import rank_list
-
-
-T = TypeVar("T")
 
 
 def gather_objects(group: Group, value: Any) -> list[Any]:
@@ -48,26 +44,6 @@ def agree(group: Group, what: str, value: Any) -> None:
     if len(by_value) > 1:
         sides = "; ".join(f"{rank_list(ranks, group.members)}: {v}" for v, ranks in by_value.items())
         raise MismatchError(f"ranks of group {group.name!r} disagree on {what}: {sides}")
-
-
-def together(group: Group, what: str, fn: Callable[[], T]) -> T:
-    """``fn()`` on every rank; if it fails on any, every rank raises, naming the ranks and their errors.
-
-    The rank that failed raises its own error; the others a ConfigError. Collective.
-    """
-    failure: Exception | None = None
-    result: Any = None
-    try:
-        result = fn()
-    except Exception as error:
-        failure = error
-    texts = gather_objects(group, None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    if any(texts):
-        failed = "; ".join(f"rank {group.members[r]}: {t}" for r, t in enumerate(texts) if t)
-        raise ConfigError(f"{what} failed on other ranks: {failed}")
-    return cast(T, result)
 
 
 def _to_words(data: bytes, words: int) -> torch.Tensor:
