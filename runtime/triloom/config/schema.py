@@ -57,9 +57,11 @@ class ModelConfig(Section):
     vocab: Annotated[int | None, at_least(2)] = None
     """Size of the vocabulary; none: that of the data (256 for bytes). Larger pads, smaller is an error."""
     dropout: Annotated[float, between(0, 1)] = 0.0
-    """Probability of dropping an element after the embedding, the attention and the feed-forward layer (gpt2)."""
-    tied: bool = False
-    """Use one matrix for the token embedding and the output projection."""
+    """Probability of dropping an element after the embedding, the attention and the feed-forward layer."""
+    attention_dropout: Annotated[float, between(0, 1)] = 0.0
+    """Probability of dropping an attention weight (gpt2 only); above 0 the weights are held in memory."""
+    tied: bool | None = None
+    """Use one matrix for the token embedding and the output projection; none: true for gpt2, false for llama."""
 
 
 @dataclass(frozen=True, kw_only=True)

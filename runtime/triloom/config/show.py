@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import json
 import textwrap
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ def field_docs(cls: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     body = getattr(tree, "body", [])
     out: dict[str, str] = {}
-    for entry, after in zip(body, body[1:], strict=False):
+    for entry, after in itertools.pairwise(body):
         match entry, after:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 out[name] = " ".join(text.split())

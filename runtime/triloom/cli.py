@@ -1,0 +1,173 @@
+"""The ``triloom`` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from . import __version__, boot
+from .config import Config, Loaded, help_fields, load
+from .demo import demo
+from .dryrun import describe
+from .errors import ConfigError, TriloomError
+from .together import SetupError, together
+from .train import DivergedError, prepare, train
+
+USAGE = """\
+triloom trains one model on many ranks: tensor, pipeline and data parallelism under mpirun.
+
+  mpirun -n 4 triloom train [--config run.toml] [--parallel.tp 2 ...]   train; see triloom train --help
+  triloom demo [--dir FOLDER]     train a small transformer on 4 ranks in two ways, and compare (2 minutes)
+  triloom --version               print the version
+"""
+
+TRAIN_USAGE = """\
+triloom train: train a decoder on bytes of text.
+
+  mpirun -n 4 triloom train --config run.toml --parallel.tp 2 --train.steps=500
+
+  --config FILE
+      TOML file with a table per section below. The command line overrides it.
+  --dry-run [RANKS]
+      Check everything, print the resolved configuration and the plan, and stop. RANKS: plan for so many
+      ranks, without mpirun. The output is a file for --config.
+  --help
+      This text.
+
+Every key is written --section.key value or --section.key=value; a bare --section.key means true.
+"""
+
+OK, FAILED, REFUSED = 0, 1, 2
+"""Exit codes: refused means that nothing was started."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of ``triloom train`` that are not keys of the configuration."""
+
+    config: str | None = None
+    dry_run: bool = False
+    ranks: int | None = None
+    words: tuple[str, ...] = ()
+    """The rest: overrides."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words in (["--version"], ["-V"]):
+        print(f"triloom {__version__}")
+        return OK
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return OK if words else REFUSED
+    command = COMMANDS.get(words[0])
+    if command is None:
+        return _refuse(f"{words[0]!r} is not a command; commands are {', '.join(COMMANDS)} (triloom --help)")
+    try:
+        return command(words[1:])
+    except ConfigError as error:  # found without a world: by one process, or before the ranks are connected
+        return _refuse(str(error))
+
+
+def run_train(words: Sequence[str]) -> int:
+    """``triloom train``."""
+    if "--help" in words or "-h" in words:
+        print(TRAIN_USAGE + help_fields())
+        return OK
+    options, loaded, error = _read(words)
+    if options.ranks is not None:
+        return _dry_run(loaded, error, options.ranks)
+    with boot.init(threads=loaded.config.train.threads, deadline=loaded.config.train.deadline) as world:
+        try:
+            together(world.group, lambda: _raise(error))
+            if options.dry_run:
+                job = together(world.group, lambda: prepare(loaded.config, world.size, loaded.sources))
+                if world.rank == 0:
+                    print(describe(job))
+                return OK
+            train(loaded.config, world, sources=loaded.sources)
+        except (SetupError, DivergedError) as problem:  # on every rank alike: told once
+            code = REFUSED if isinstance(problem, SetupError) else FAILED
+            if world.rank == 0:
+                _refuse(str(problem))
+            return code
+    return OK
+
+
+def read_options(words: Sequence[str]) -> TrainOptions:
+    """Take ``--config`` and ``--dry-run`` out of the words; raises ConfigError."""
+    rest, overrides = list(words), []
+    config: str | None = None
+    dry_run, ranks = False, None
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            if not equals and not rest:
+                raise ConfigError("--config needs the path of a TOML file")
+            if config is not None:
+                raise ConfigError("--config is given twice; keep one")
+            config = value if equals else rest.pop(0)
+        elif name == "--dry-run":
+            dry_run = True
+            if not equals and rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            if value and (not value.isdigit() or int(value) < 1):
+                raise ConfigError(f"--dry-run takes a number of ranks, got {value!r}")
+            ranks = int(value) if value else None
+        else:
+            overrides.append(word)
+    return TrainOptions(config, dry_run, ranks, tuple(overrides))
+
+
+def _read(words: Sequence[str]) -> tuple[TrainOptions, Loaded, ConfigError | None]:
+    """Options and configuration; a problem is kept until the ranks can agree on who tells it."""
+    options, loaded = TrainOptions(), Loaded(Config(), {})
+    try:
+        options = read_options(words)
+        loaded = load(options.words, options.config)
+    except ConfigError as error:
+        return options, loaded, error
+    return options, loaded, None
+
+
+def _dry_run(loaded: Loaded, error: ConfigError | None, ranks: int) -> int:
+    _raise(error)
+    print(describe(prepare(loaded.config, ranks, loaded.sources)))
+    return OK
+
+
+def run_demo(words: Sequence[str]) -> int:
+    """``triloom demo``."""
+    folder: str | None = None
+    rest = list(words)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name in ("-h", "--help"):
+            print(USAGE, end="")
+            return OK
+        if name != "--dir" or (not equals and not rest):
+            raise ConfigError(f"triloom demo knows only --dir FOLDER, got {name!r}")
+        folder = value if equals else rest.pop(0)
+    return OK if demo(folder) else FAILED
+
+
+def _raise(error: TriloomError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _refuse(text: str) -> int:
+    """Say what is wrong, on stderr, a line per problem."""
+    lines = text.splitlines()
+    head = "triloom: " if len(lines) == 1 else f"triloom: {len(lines)} problems\n  "
+    print(head + "\n  ".join(lines), file=sys.stderr, flush=True)
+    return REFUSED
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": run_train, "demo": run_demo}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""What ``triloom train --dry-run`` prints: the resolved configuration, and the plan as TOML comments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .config import to_toml
+from .grid import grid
+from .parallel.partition import partition
+from .passes import add_communication
+from .plan import Plan
+from .schedules import NAMED as SCHEDULES
+from .train import Job
+from .verify import verify
+
+
+def describe(job: Job) -> str:
+    """A TOML file for ``--config`` that says in comments what would run."""
+    plan = "\n".join(f"# {line}".rstrip() for line in _plan_lines(job))
+    return f"{to_toml(job.plan.config, 'resolved configuration')}\n{plan}"
+
+
+def _plan_lines(job: Job) -> Iterator[str]:
+    plan, config = job.plan, job.plan.config
+    share = config.train.batch // plan.dp
+    windows = job.data.train.count
+    yield f"data: {job.corpus.name}, {len(job.corpus.tokens):,} bytes, {windows:,} windows of {config.model.seq} tokens"
+    yield (
+        f"run: {config.train.steps} steps of {config.train.batch} samples = {plan.tokens_per_step:,} tokens, "
+        f"{config.train.steps * config.train.batch / windows:.2g} epochs; {share} samples a dp rank in "
+        f"{plan.microbatches} microbatches"
+    )
+    yield ""
+    yield f"mesh: {plan.mesh}"
+    yield from _ranks(plan)
+    yield ""
+    names = [*job.model.units, "loss"]
+    for stage, run in enumerate(partition(len(names), plan.mesh.axis("pp"))):
+        yield f"stage {stage}: {' '.join(names[u] for u in run)}"
+    yield ""
+    yield f"{config.schedule.kind}, by pipeline coordinate, before the actions on sharded state are added:"
+    program = add_communication(SCHEDULES[config.schedule.kind](plan.mesh.axis("pp"), plan.microbatches))
+    verdict = verify(program)
+    yield from grid(program).splitlines()
+    yield f"proven: {'; '.join(verdict.proven)}"
+    yield f"assumed: {'; '.join(verdict.assumed)}"
+    yield f"microbatches in flight: {' '.join(map(str, verdict.in_flight))}"
+
+
+def _ranks(plan: Plan, most: int = 16) -> Iterator[str]:
+    for rank in range(min(plan.mesh.size, most)):
+        yield f"  rank {rank}: " + " ".join(f"{axis} {at}" for axis, at in plan.mesh.coords(rank).items())
+    if plan.mesh.size > most:
+        yield f"  ... {plan.mesh.size - most} more"

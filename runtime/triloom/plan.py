@@ -1,0 +1,248 @@
+"""From what the user asked for to what will run: the mesh, the numbers left open, the checks across keys.
+
+Deterministic and free of processes, so every rank finds the same problem before anything is allocated, and
+``triloom train --dry-run`` can answer without a single rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .config import Config
+from .config.schema import ModelConfig
+from .config.show import plain
+from .errors import ConfigError, MeshError
+from .mesh import Mesh, check_divides, make_mesh
+from .models.config import DecoderConfig, gpt2, llama
+from .placement import NAMED as PLACEMENTS
+from .placement import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run with nothing left open."""
+
+    config: Config
+    mesh: Mesh
+    placement: Placement
+    decoder: DecoderConfig
+
+    @property
+    def dp(self) -> int:
+        return self.mesh.axis("dp")
+
+    @property
+    def microbatches(self) -> int:
+        return _set(self.config.schedule.microbatches)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.train.batch * self.config.model.seq
+
+
+def make_plan(config: Config, world: int, *, data_vocab: int, sources: Mapping[str, str] | None = None) -> Plan:
+    """Plan of ``config`` on ``world`` ranks for data of ``data_vocab`` tokens.
+
+    sources: where each key was given, for the messages. Raises ConfigError with every problem found,
+    MeshError if the world does not factor.
+    """
+    problems = _problems(config, data_vocab, sources or {})
+    if problems:
+        raise ConfigError("\n".join(problems))
+    par = config.parallel
+    mesh = make_mesh(world, dp=par.dp, pp=par.pp, tp=par.tp, order=par.order)
+    config = _fill(config, mesh, data_vocab)
+    problems = [
+        _at(text, keys, config, sources or {}) for keys, rule in MESH_RULES for text in (rule(config, mesh),) if text
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    placement = PLACEMENTS[config.placement.name]().with_(bucket_bytes=int(config.placement.bucket_mb * 2**20))
+    return Plan(config=config, mesh=mesh, placement=placement, decoder=decoder_config(config.model, data_vocab))
+
+
+# ---------------------------------------------------------------- rules across keys
+
+
+Keys = tuple[str, ...]
+
+
+def _multiple(what: str, value: int, of: str, divisor: int) -> str | None:
+    if value % divisor == 0:
+        return None
+    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
+    near = f"{below} or {above}" if below else f"{above}"
+    return f"{what} = {value} must be a multiple of {of} = {divisor}: {near} would do"
+
+
+def _heads(c: Config) -> str | None:
+    return _multiple("hidden", c.model.hidden, "heads", c.model.heads)
+
+
+def _kv_heads(c: Config) -> str | None:
+    return _multiple("heads", c.model.heads, "kv_heads", c.model.kv_heads or 1)
+
+
+def _llama_options(c: Config) -> str | None:
+    m = c.model
+    if m.shape != "llama":
+        return None
+    if m.attention_dropout:
+        return "the llama shape has no dropout on attention weights; set it to 0, or use the gpt2 shape"
+    if m.hidden % m.heads == 0 and (m.hidden // m.heads) % 2:
+        return f"rotary positions need an even head size, hidden / heads is {m.hidden // m.heads}; change either"
+    return None
+
+
+def _rates(c: Config) -> str | None:
+    o = c.optim
+    if o.decay == "constant":
+        given = [f"optim.{n}" for n in ("min_lr", "steps") if getattr(o, n) is not None]
+        return f"a constant learning rate does not use {' and '.join(given)}; leave it out" if given else None
+    if o.min_lr is not None and o.min_lr > o.lr:
+        return "the learning rate cannot decay upwards; lower min_lr or raise lr"
+    end = o.steps or c.train.steps
+    return f"the warm-up must end before the decay does, at step {end}" if o.warmup >= end else None
+
+
+def _evaluation(c: Config) -> str | None:
+    if c.train.eval_every and not c.train.eval_batches:
+        return "evaluations need batches; raise eval_batches, or set eval_every to 0"
+    if c.train.eval_batches and not c.data.held_out:
+        return "nothing is held out to evaluate on; raise data.held_out, or set train.eval_batches to 0"
+    return None
+
+
+def _overwrite(c: Config) -> str | None:
+    return "there is nothing to overwrite in a new folder; give run.dir" if c.run.overwrite and not c.run.dir else None
+
+
+def _sequence(c: Config) -> str | None:
+    if c.parallel.sequence and c.parallel.tp == 1:
+        return "the sequence is split over tp, which is 1; raise parallel.tp, or leave parallel.sequence out"
+    return _multiple("seq", c.model.seq, "tp", c.parallel.tp) if c.parallel.sequence else None
+
+
+RULES: tuple[tuple[Keys, Callable[[Config], str | None]], ...] = (
+    (("model.hidden", "model.heads"), _heads),
+    (("model.heads", "model.kv_heads"), _kv_heads),
+    (("model.shape", "model.hidden", "model.heads", "model.attention_dropout"), _llama_options),
+    (("optim.decay", "optim.lr", "optim.min_lr", "optim.warmup", "optim.steps", "train.steps"), _rates),
+    (("train.eval_every", "train.eval_batches", "data.held_out"), _evaluation),
+    (("run.dir", "run.overwrite"), _overwrite),
+    (("parallel.tp", "parallel.sequence", "model.seq"), _sequence),
+)
+"""The keys a rule is about, and the rule: a sentence if it is broken."""
+
+
+def _share(c: Config, mesh: Mesh) -> str | None:
+    return _multiple("batch", c.train.batch, "dp", mesh.axis("dp"))
+
+
+def _microbatches(c: Config, mesh: Mesh) -> str | None:
+    share = c.train.batch // mesh.axis("dp")
+    if _set(c.schedule.microbatches) > share:
+        return f"a dp rank has {share} samples a step and cannot split them further; lower microbatches or raise batch"
+    return None
+
+
+def _tp(c: Config, mesh: Mesh) -> str | None:
+    """Whole attention heads and feed-forward columns on every tp rank."""
+    sizes = (("heads", c.model.heads), ("kv_heads", _set(c.model.kv_heads)), ("ffn", _set(c.model.ffn)))
+    try:
+        for what, size in sizes:
+            check_divides(what, size, "tp", mesh.axis("tp"))
+    except MeshError as error:
+        return str(error)
+    return None
+
+
+def _stages(c: Config, mesh: Mesh) -> str | None:
+    """Embedding, blocks, head with loss: at least one unit a stage."""
+    units, pp = c.model.layers + 2, mesh.axis("pp")
+    if units < pp:
+        return f"{pp} pipeline stages need at least {pp} units; {c.model.layers} layers, embedding and head are {units}"
+    return None
+
+
+MESH_RULES: tuple[tuple[Keys, Callable[[Config, Mesh], str | None]], ...] = (
+    (("train.batch", "parallel.dp"), _share),
+    (("train.batch", "parallel.dp", "schedule.microbatches"), _microbatches),
+    (("model.heads", "model.kv_heads", "model.ffn", "parallel.tp"), _tp),
+    (("model.layers", "parallel.pp"), _stages),
+)
+
+
+def _problems(config: Config, data_vocab: int, sources: Mapping[str, str]) -> list[str]:
+    out = [_at(text, keys, config, sources) for keys, rule in RULES for text in (rule(config),) if text]
+    if config.model.vocab is not None and config.model.vocab < data_vocab:
+        text = f"the data has {data_vocab} different tokens; raise model.vocab or leave it out"
+        out.append(_at(text, ("model.vocab",), config, sources))
+    return out
+
+
+def _at(text: str, keys: Keys, config: Config, sources: Mapping[str, str]) -> str:
+    """The problem, led by the keys it is about: those that were given, or all if none was."""
+    given = [key for key in keys if key in sources] or keys
+    led = ", ".join(f"{key} = {plain(_get(config, key))} ({sources.get(key, 'default')})" for key in given)
+    return f"{led}: {text}"
+
+
+def _get(config: Config, key: str) -> object:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+# ---------------------------------------------------------------- what none leaves open
+
+
+def _fill(config: Config, mesh: Mesh, data_vocab: int) -> Config:
+    """Every ``none`` that stands for a value replaced by it."""
+    m, s, o, dp, pp = config.model, config.schedule, config.optim, mesh.axis("dp"), mesh.axis("pp")
+    decoder = decoder_config(m, data_vocab)
+    wanted = 2 * pp if pp > 1 else 1
+    cosine = o.decay == "cosine"
+    return replace(
+        config,
+        model=replace(
+            m,
+            kv_heads=decoder.kv_heads,
+            ffn=decoder.ffn,
+            vocab=decoder.vocab,
+            tied=decoder.tied,
+        ),
+        parallel=replace(config.parallel, dp=dp),
+        schedule=replace(s, microbatches=s.microbatches or max(1, min(wanted, config.train.batch // dp))),
+        optim=replace(
+            o,
+            min_lr=(o.lr / 10 if o.min_lr is None else o.min_lr) if cosine else None,
+            steps=(o.steps or config.train.steps) if cosine else None,
+        ),
+    )
+
+
+def decoder_config(m: ModelConfig, data_vocab: int) -> DecoderConfig:
+    """The decoder of ``[model]``; what is none there is the shape's own default."""
+    values: dict[str, Any] = {
+        "vocab": m.vocab or data_vocab,
+        "hidden": m.hidden,
+        "layers": m.layers,
+        "heads": m.heads,
+        "kv_heads": m.kv_heads,
+        "ffn": m.ffn,
+        "max_seq": m.seq,
+        "dropout": m.dropout,
+    }
+    if m.tied is not None:
+        values["tied"] = m.tied
+    if m.shape == "llama":
+        return llama(**values)
+    return gpt2(**values, attention_dropout=m.attention_dropout)
+
+
+def _set(value: int | None) -> int:
+    if value is None:
+        raise TypeError("a Plan holds a filled Config; make it with make_plan")
+    return value

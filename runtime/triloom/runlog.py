@@ -1,0 +1,220 @@
+"""What a run leaves behind: the run directory, config.toml, metrics.jsonl, the plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+import torch
+
+from . import __version__
+from .boot import World
+from .config import to_toml
+from .engine import Metrics
+from .errors import ConfigError
+from .liveline import LiveLine, Pace, duration
+from .plan import Plan
+from .plot import PlotUnavailableError, plot_losses
+
+FILES = ("config.toml", "metrics.jsonl", "loss.svg", "loss.png")
+"""Everything a run writes; ``run.overwrite`` removes these and nothing else."""
+
+
+def check_run_dir(wanted: str | None, overwrite: bool) -> None:
+    """Raise ConfigError for a folder that holds something, unless ``overwrite``; touches nothing."""
+    if wanted is None:
+        return
+    path = Path(wanted).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run.dir = {wanted!r} is a file; give a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ConfigError(
+            f"run.dir = {wanted!r} is not empty; give another folder, or run.overwrite = true to replace "
+            f"{', '.join(FILES)} in it"
+        )
+
+
+def make_run_dir(wanted: str | None, overwrite: bool, parent: Path = Path("runs")) -> Path:
+    """Create the folder of a run: ``wanted``, or a new one named after the time below ``parent``.
+
+    Raises ConfigError for a folder that is not empty, unless ``overwrite``: then the files of an
+    earlier run are removed from it, and nothing else.
+    """
+    check_run_dir(wanted, overwrite)
+    try:
+        if wanted is None:
+            return _new_by_time(parent)
+        path = Path(wanted).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (path / name).unlink(missing_ok=True)
+        return path
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir = {wanted or str(parent)!r} cannot be made: {error.strerror}; give a folder to write to"
+        ) from None
+
+
+def _new_by_time(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in range(1, 1000):
+        path = parent / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            continue
+    raise ConfigError(f"{parent} already holds 999 runs named {stamp}; give run.dir")
+
+
+class MetricsFile:
+    """One JSON object a line, on disk when ``write`` returns. Numbers that are not finite become null."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("x", encoding="utf-8", buffering=1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n")
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``train`` reports; the same on every rank, except that only rank 0 knows ``folder``."""
+
+    folder: Path | None
+    first_loss: float
+    last_loss: float
+    held_out_loss: float | None
+    seconds: float
+    peak_bytes: tuple[dict[str, int], ...]
+    """Bytes by class of state, for every rank."""
+
+
+class Log(Protocol):
+    """Takes what happens; every rank has one."""
+
+    @property
+    def folder(self) -> Path | None: ...
+
+    def step(self, metrics: Metrics, seconds: float, memory: Mapping[str, int], held_out: float | None) -> None: ...
+
+    def finish(self, result: Result) -> None: ...
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *error: object) -> bool | None: ...
+
+
+class Silent:
+    """The log of every rank but 0."""
+
+    folder: Path | None = None
+
+    def step(self, metrics: Metrics, seconds: float, memory: Mapping[str, int], held_out: float | None) -> None: ...
+
+    def finish(self, result: Result) -> None: ...
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class RunLog(AbstractContextManager["RunLog"]):
+    """The log of rank 0: run directory, metrics.jsonl, the live line and the plot."""
+
+    def __init__(self, plan: Plan, data: str, world: World, out: TextIO) -> None:
+        self._plan = plan
+        run, t = plan.config.run, plan.config.train
+        self.folder: Path = make_run_dir(run.dir, run.overwrite)
+        head = f"triloom {__version__}: {world.size} ranks, mesh {plan.mesh}, torch {torch.__version__}"
+        (self.folder / "config.toml").write_text(to_toml(plan.config, head), encoding="utf-8")
+        self._metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self._line = LiveLine(out, t.steps, t.log_every)
+        self._tokens = 0
+        self._pace = Pace(t.steps)
+        for text in headline(plan, data, world):
+            self._line.say(text)
+
+    def step(self, metrics: Metrics, seconds: float, memory: Mapping[str, int], held_out: float | None) -> None:
+        self._tokens += self._plan.tokens_per_step
+        speed = self._plan.tokens_per_step / seconds
+        self._metrics.write(
+            {
+                "step": metrics.step,
+                "loss": metrics.loss,
+                "grad_norm": metrics.grad_norm,
+                "lr": metrics.lr,
+                "tokens": self._tokens,
+                "tokens_per_s": speed,
+                "step_ms": seconds * 1e3,
+                "peak_bytes": dict(memory),
+                "held_out_loss": held_out,
+            }
+        )
+        self._line.step(metrics.step + 1, metrics.loss, speed, self._pace.left(metrics.step + 1, seconds))
+        if held_out is not None:
+            self._line.say(f"held-out loss {held_out:.4f} after {metrics.step + 1} steps")
+
+    def finish(self, result: Result) -> None:
+        speed = self._tokens / result.seconds
+        self._line.say(
+            f"trained {self._plan.config.train.steps} steps in {duration(result.seconds)}: "
+            f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}, {speed:,.0f} tokens/s over all"
+        )
+        largest = max(result.peak_bytes, key=lambda one: sum(one.values()))
+        by_class = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in largest.items())
+        self._line.say(f"memory of the largest rank, MiB: {by_class}")
+        written = ["config.toml", "metrics.jsonl", *(self._plot() if self._plan.config.run.plot else [])]
+        self._line.say(f"{self.folder}: {' '.join(written)}")
+
+    def _plot(self) -> list[str]:
+        points = [(r["step"], r["loss"]) for r in read_metrics(self.folder / "metrics.jsonl") if r["loss"] is not None]
+        curves = {f"training, mesh {self._plan.mesh}": points}
+        try:
+            return [path.name for path in plot_losses(curves, self.folder, f"{self.folder.name}: loss")]
+        except PlotUnavailableError as error:
+            self._line.say(str(error))
+            return []
+
+    def __exit__(self, *error: object) -> None:
+        self._line.close()
+        self._metrics.__exit__(None, None, None)
+
+
+def open_log(plan: Plan, data: str, world: World, out: TextIO) -> Log:
+    """The log of this rank; raises ConfigError if rank 0 cannot make the run directory."""
+    return Silent() if world.rank else RunLog(plan, data, world, out)
+
+
+def headline(plan: Plan, data: str, world: World) -> list[str]:
+    """What is about to be trained, in two lines."""
+    config, m = plan.config, plan.config.model
+    return [
+        f"{m.shape}, {m.layers} layers x {m.hidden} wide, on {data}",
+        f"{world.size} ranks as {plan.mesh} ({config.placement.name}, {config.schedule.kind}, "
+        f"{plan.microbatches} microbatches), {world.threads} threads each, {world.device.type}",
+    ]

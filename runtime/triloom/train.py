@@ -1,0 +1,173 @@
+"""The main job: a decoder trained on bytes, from a Config to a run directory.
+
+:func:`train` is collective over the ranks of a world; ``triloom train`` is a thin shell around it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TextIO
+
+import torch
+
+from .boot import World
+from .config import Config
+from .config.show import plain
+from .data import Batch, Corpus, Split, Windows, open_corpus, split
+from .engine import Engine
+from .errors import TriloomError
+from .groups.objects import gather_objects
+from .models import Model, decoder
+from .optim import AdamW, warmup_cosine
+from .plan import Plan, make_plan
+from .runlog import Log, Result, check_run_dir, open_log
+from .together import agree_on, together
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+class DivergedError(TriloomError):
+    """The loss is not a finite number any more; raised on every rank."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything about a run that one rank can know without asking the others."""
+
+    plan: Plan
+    corpus: Corpus
+    data: Split
+    model: Model
+
+
+def prepare(config: Config, world_size: int, sources: Mapping[str, str] | None = None) -> Job:
+    """Check everything and open the data, allocating nothing. Raises ConfigError with every problem found."""
+    corpus = open_corpus(config.data.path)
+    plan = make_plan(config, world_size, data_vocab=corpus.vocab, sources=sources)
+    config = plan.config
+    data = split(corpus, seq=config.model.seq, seed=config.data.seed, held_out=config.data.held_out)
+    return Job(plan, corpus, data, decoder(plan.decoder))
+
+
+def train(
+    config: Config, world: World, *, sources: Mapping[str, str] | None = None, out: TextIO | None = None
+) -> Result:
+    """Train as ``config`` says on all ranks of ``world``; rank 0 prints to ``out`` and writes the run directory.
+
+    sources: where each key was given, for error messages. Raises SetupError on every rank if the run
+    cannot start, DivergedError on every rank if the loss stops being a number.
+    """
+    job = together(world.group, lambda: _prepare_rank(config, world, sources))
+    agree_on(world.group, _must_agree(job), "start every rank with the same configuration and data")
+    engine = make_engine(job, world)
+    data = f"{job.corpus.name}, {len(job.corpus.tokens):,} bytes"
+    log = together(world.group, lambda: open_log(job.plan, data, world, out or sys.stdout))
+    with log:
+        result = Loop(job, engine, log, world).run()
+    # Not after an error: releasing a group may wait for ranks that wait for this one.
+    engine.close()
+    return result
+
+
+def _prepare_rank(config: Config, world: World, sources: Mapping[str, str] | None) -> Job:
+    if world.rank == 0:
+        check_run_dir(config.run.dir, config.run.overwrite)
+    return prepare(config, world.size, sources)
+
+
+def _must_agree(job: Job) -> dict[str, str]:
+    """Everything that ranks must have in common; run.* concerns rank 0 alone, train.threads each host."""
+    values = {
+        f"{section}.{name}": plain(value)
+        for section, part in asdict(job.plan.config).items()
+        for name, value in part.items()
+        if section != "run" and (section, name) not in (("train", "threads"), ("data", "path"))
+    }
+    return values | {"the data": f"{len(job.corpus.tokens)} bytes, digest {job.corpus.digest():016x}"}
+
+
+def make_optimizer(config: Config) -> AdamW:
+    """AdamW of a filled Config."""
+    o = config.optim
+    floor = o.lr if o.min_lr is None else o.min_lr  # a constant rate is a decay from lr to lr
+    lr = warmup_cosine(o.lr, warmup=o.warmup, steps=o.steps or max(1, o.warmup), floor=floor)
+    return AdamW(lr=lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+
+
+def make_engine(job: Job, world: World) -> Engine:
+    config = job.plan.config
+    return Engine(
+        job.model.units,
+        job.model.loss,
+        ties=job.model.ties,
+        world=world.group,
+        mesh=job.plan.mesh,
+        optimizer=make_optimizer(config),
+        schedule=config.schedule.kind,
+        microbatches=job.plan.microbatches,
+        placement=job.plan.placement,
+        clip=config.optim.clip,
+        seed=config.train.seed,
+        dtype=DTYPES[config.train.dtype],
+        device=world.device,
+        sequence_parallel=config.parallel.sequence,
+    )
+
+
+class Loop:
+    """The steps of one run, on one rank."""
+
+    def __init__(self, job: Job, engine: Engine, log: Log, world: World) -> None:
+        self._config = job.plan.config
+        self._plan = job.plan
+        self._data = job.data
+        self._engine = engine
+        self._log = log
+        self._world = world
+        self._dp_rank = job.plan.mesh.coords(world.rank)["dp"]
+
+    def run(self) -> Result:
+        begin = time.perf_counter()
+        losses: list[float] = []
+        held_out: float | None = None
+        for step in range(self._config.train.steps):
+            start = time.perf_counter()
+            metrics = self._engine.step(*self._batch(self._data.train, step))
+            seconds = time.perf_counter() - start
+            losses.append(metrics.loss)
+            evaluated = self._due(step)
+            held_out = self._evaluate() if evaluated else held_out
+            self._log.step(metrics, seconds, self._engine.memory(), held_out if evaluated else None)
+            self._check(metrics.loss, step)
+        spent = time.perf_counter() - begin
+        memory = gather_objects(self._world.group, self._engine.memory())
+        result = Result(self._log.folder, losses[0], losses[-1], held_out, spent, tuple(memory))
+        self._log.finish(result)
+        return result
+
+    def _check(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {loss} at step {step} (optim.lr = {self._config.optim.lr:g}, optim.clip = "
+                f"{plain(self._config.optim.clip)}); lower optim.lr, lengthen optim.warmup, or set optim.clip"
+            )
+
+    def _batch(self, windows: Windows, step: int) -> Batch:
+        return windows.batch(step, self._config.train.batch, self._plan.dp, self._dp_rank)
+
+    def _due(self, step: int) -> bool:
+        t = self._config.train
+        last = step + 1 == t.steps
+        return t.eval_batches > 0 and (last or (t.eval_every > 0 and (step + 1) % t.eval_every == 0))
+
+    def _evaluate(self) -> float:
+        """Mean loss over the same held-out batches every time."""
+        windows = self._data.held_out
+        if windows is None:
+            raise TypeError("nothing is held out; make_plan refuses evaluations then")
+        count = self._config.train.eval_batches
+        return sum(self._engine.evaluate(*self._batch(windows, i)).loss for i in range(count)) / count
