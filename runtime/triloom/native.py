@@ -11,6 +11,7 @@ result.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -37,6 +38,7 @@ __all__ = [
     "sum_squares",
     "sum_squares_finite",
     "sum_squares_partials",
+    "written",
 ]
 
 DTYPE_CODES: Mapping[torch.dtype, int] = {
@@ -61,7 +63,7 @@ def _check(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype], like:
         raise ConfigError(f"{name} has dtype {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}")
     if not tensor.is_contiguous():
         raise ConfigError(
-            f"{name} is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()}); pass a contiguous tensor"
+            f"{name} is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()}); call .contiguous()"
         )
     if like is None:
         return
@@ -79,7 +81,7 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 def _check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise ConfigError if two of the tensors share memory."""
     spans = sorted((*_span(t), name) for name, t in tensors.items() if t.numel())
-    for (_, end, one), (start, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, one), (start, _, other) in itertools.pairwise(spans):
         if start < end:
             raise ConfigError(f"{one} and {other} overlap in memory; they must be separate")
 
@@ -137,7 +139,8 @@ def adamw_numbers(
     for name, (value, ok) in limits.items():
         if not ok or math.isinf(value):
             raise ConfigError(
-                f"AdamW: {name}={value!r} is out of range (lr, eps, weight_decay finite and >= 0, betas in [0, 1), step >= 1)"
+                f"AdamW: {name}={value!r} is out of range; "
+                "lr, eps and weight_decay are finite and >= 0, betas in [0, 1), step >= 1"
             )
     return AdamWNumbers(
         grad_scale=grad_scale,
@@ -183,7 +186,8 @@ def adamw_(
     numbers = adamw_numbers(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale)
     _check_adamw(param, grad, exp_avg, exp_avg_sq, low)
     if param.device.type != "cpu":
-        return adamw_reference(param, grad, exp_avg, exp_avg_sq, numbers, low)
+        adamw_reference(param, grad, exp_avg, exp_avg_sq, numbers, low)
+        return
     code = DTYPE_CODES[param.dtype]
     _C.adamw(
         param.data_ptr(),
@@ -198,7 +202,7 @@ def adamw_(
         numbers,
         pool,
     )
-    _written(param, exp_avg, exp_avg_sq, *(() if low is None else (low,)))
+    written(param, exp_avg, exp_avg_sq, *(() if low is None else (low,)))
 
 
 def _check_adamw(
@@ -245,9 +249,9 @@ def adamw_reference(
         low.view_as(param).copy_(param)
 
 
-def _written(*tensors: torch.Tensor) -> None:
-    """Tell autograd that the tensors changed behind its back."""
-    torch.autograd.graph.increment_version(tensors)
+def written(*tensors: torch.Tensor) -> None:
+    """Tell autograd that the tensors changed behind its back (inference tensors have nothing to tell)."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def sum_squares_partials(tensor: torch.Tensor, *, pool: Pool | None = None) -> tuple[torch.Tensor, bool]:
@@ -346,11 +350,12 @@ def reduce_ranks(
         if first != start and first < end and start < last:
             raise ConfigError(f"out overlaps inputs[{r}] in part; it must be one of the inputs or separate from all")
     if out.device.type != "cpu":
-        return _reduce_reference(out, inputs, op)
+        _reduce_reference(out, inputs, op)
+        return
     _C.reduce_ranks(
         out.data_ptr(), [x.data_ptr() for x in inputs], DTYPE_CODES[out.dtype], out.numel(), REDUCE_CODES[op], pool
     )
-    _written(out)
+    written(out)
 
 
 @torch.no_grad()

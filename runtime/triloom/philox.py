@@ -29,7 +29,7 @@ import torch
 
 from . import _C
 from .errors import ConfigError
-from .native import DTYPE_CODES, FLOATS, Pool, sqrt
+from .native import DTYPE_CODES, FLOATS, Pool, sqrt, written
 from .shards import ShardSpec
 
 _INDEX_END = 1 << 63
@@ -113,7 +113,7 @@ def _fill(
     if out.device.type == "cpu":
         code = DTYPE_CODES[out.dtype]
         native(out.data_ptr(), code, out.shape, out.stride(), tuple(strides), key, base, *numbers, pool)
-        torch.autograd.graph.increment_version(out)
+        written(out)
         return out
     with torch.no_grad():
         for (part,), at in _pieces((out,), base, strides):
@@ -237,7 +237,18 @@ def _drop(
     if x.device.type == "cpu":
         code = DTYPE_CODES[x.dtype]
         _C.dropout(
-            out.data_ptr(), x.data_ptr(), code, x.shape, out.stride(), x.stride(), strides, key, base, threshold, scale, pool
+            out.data_ptr(),
+            x.data_ptr(),
+            code,
+            x.shape,
+            out.stride(),
+            x.stride(),
+            strides,
+            key,
+            base,
+            threshold,
+            scale,
+            pool,
         )
         return out
     for (source, target), at in _pieces((x, out), base, strides):
