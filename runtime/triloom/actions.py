@@ -45,7 +45,7 @@ class Subject(NamedTuple):
     """
 
     kind: str
-    index: int | None = None
+    index: int | None = None  # type: ignore[assignment]  # hides tuple.index, which nothing here needs
 
     def __str__(self) -> str:
         if self.index is None:
@@ -90,7 +90,7 @@ def parse_action(text: str) -> Action:
         op,
         Subject(kind, None if index is None else int(index)),
         None if mb is None else int(mb),
-        None if peer is None else (int(peer) if peer.isdigit() else peer),
+        None if peer is None else (int(peer) if peer.isdecimal() else peer),
     )
     if str(action) != text.strip():
         raise ProgramError(f"{text!r} is not in canonical form; did you mean {action}?")
@@ -118,7 +118,7 @@ class Program:
 def parse_program(text: str) -> Program:
     """Inverse of :meth:`Program.to_csv`."""
     lines = text.splitlines()
-    m = re.fullmatch(r"# (\S+) microbatches=(\d+) stages=([\d/]+)", lines[0].strip()) if lines else None
+    m = re.fullmatch(r"# (\S+) microbatches=(\d+) stages=(\d+(?:/\d+)*)", lines[0].strip()) if lines else None
     if not m:
         raise ProgramError("a program file starts with '# NAME microbatches=M stages=0/1/...'")
     rows = tuple(tuple(parse_action(t) for t in line.split(",") if t.strip()) for line in lines[1:])

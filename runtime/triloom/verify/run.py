@@ -96,7 +96,7 @@ class _Collectives:
         self.graph, self.footprint = graph, footprint
         self.member_of: dict[tuple[str, int], tuple[int, ...]] = {}
         for name, lists in groups.items():
-            for c, members in ((c, members) for members in lists for c in members):
+            for c, members in ((c, one) for one in lists for c in one):
                 if self.member_of.setdefault((name, c), members) != members:
                     raise ConfigError(f"groups named {name!r} share coordinate {c}: {list(lists)} must be disjoint")
         self.groups = groups
