@@ -7,7 +7,6 @@ that the other ranks raise instead of waiting for ever.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -30,16 +29,17 @@ class CheckedGroup(Group):
         refused = (
             _misfits(output, input)
             or _ratio("input", input, "output", output, self.size)
+            or self._not_own_chunk("output", output, "input", input)
             or ("" if op in REDUCE_OPS else f"op must be one of {REDUCE_OPS}, got {op!r}")
         )
         return self._issue(Call("reduce_scatter", input.dtype, input.numel(), op, -1, refused), output, input)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
-        refused = _misfits(output, input) or _ratio("output", output, "input", input, self.size)
-        if not refused and _overlap(output, input):
-            own = output.data_ptr() + self.rank * input.numel() * input.element_size()
-            if input.data_ptr() != own:
-                refused = f"input overlaps output but is not chunk {self.rank} of it"
+        refused = (
+            _misfits(output, input)
+            or _ratio("output", output, "input", input, self.size)
+            or self._not_own_chunk("input", input, "output", output)
+        )
         return self._issue(Call("all_gather", input.dtype, input.numel(), "", -1, refused), output, input)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> Work:
@@ -74,6 +74,12 @@ class CheckedGroup(Group):
                 f"got {parts}"
             )
         return self._subgroup(parts, name)
+
+    def _not_own_chunk(self, small_name: str, small: torch.Tensor, big_name: str, big: torch.Tensor) -> str:
+        own = big.data_ptr() + self.rank * small.numel() * small.element_size()
+        if small.data_ptr() == own or not _overlap(small, big):
+            return ""
+        return f"{small_name} overlaps {big_name} but is not chunk {self.rank} of it"
 
     def _transfer_call(self, tensor: torch.Tensor, peer: int) -> Call:
         if not 0 <= peer < self.size or peer == self.rank:
@@ -119,7 +125,7 @@ def _ratio(big_name: str, big: torch.Tensor, small_name: str, small: torch.Tenso
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if math.prod((a.numel(), b.numel())) == 0:
+    if not a.numel() or not b.numel():
         return False
     a0, b0 = a.data_ptr(), b.data_ptr()
     return a0 < b0 + b.numel() * b.element_size() and b0 < a0 + a.numel() * a.element_size()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 from ..errors import MeshError
 from ..mesh import Mesh
@@ -41,8 +40,8 @@ class MeshGroups:
             )
         return self._groups[wide]
 
-    def link(self, peer: int, direction: Literal["send", "recv"]) -> tuple[Group, int]:
-        """Group and rank in it for transfers with pipeline coordinate ``peer``, in one direction.
+    def link(self, peer: int, direction: str) -> tuple[Group, int]:
+        """Group and rank in it for transfers with pipeline coordinate ``peer``; direction: "send" or "recv".
 
         Host groups have independent operations, so both directions share the pp group.
         """

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from .base import ReduceOp
+from ..native import reduce_ranks
 from .fingerprint import Call
 from .progress import Pending, Steps
-from .reduction import chunk_bounds, reduce_in_rank_order
+from .reduction import chunk_bounds, reduce_addresses
 from .staging import HostPool
 from .wire import GATHER, SCATTER, Wire
 
@@ -32,43 +32,44 @@ class Move(NamedTuple):
     wire: Wire
     pool: HostPool
 
-    @property
-    def reduce(self) -> ReduceOp:
-        return self.call.reduce  # type: ignore[return-value]  # checked when the call was made
+
+Small = Callable[[Move, list[int]], None]
+Large = Callable[[Move], Steps]
 
 
-Local = Callable[[Move, list[torch.Tensor]], None]
-Bulk = Callable[[Move], Steps]
+# -- small: this rank holds every rank's whole input; payloads are their addresses ----------------------
 
 
-# -- small: every rank holds every rank's whole input ------------------------------------------------
+def _small_all_reduce(m: Move, payloads: list[int]) -> None:
+    reduce_addresses(m.output.data_ptr(), payloads, m.input.dtype, m.output.numel(), m.call.reduce)
 
 
-def _small_all_reduce(m: Move, rows: list[torch.Tensor]) -> None:
-    reduce_in_rank_order(m.output, rows, m.reduce)
+def _small_reduce_scatter(m: Move, payloads: list[int]) -> None:
+    numel = m.output.numel()
+    at = m.wire.rank * numel * m.input.element_size()
+    reduce_addresses(m.output.data_ptr(), [p + at for p in payloads], m.input.dtype, numel, m.call.reduce)
 
 
-def _small_reduce_scatter(m: Move, rows: list[torch.Tensor]) -> None:
-    n, at = m.output.numel(), m.wire.rank * m.output.numel()
-    reduce_in_rank_order(m.output, [row[at : at + n] for row in rows], m.reduce)
+def _small_all_gather(m: Move, payloads: list[int]) -> None:
+    nbytes = m.input.numel() * m.input.element_size()
+    out, copy = m.output.data_ptr(), m.wire.copy
+    for r, payload in enumerate(payloads):
+        copy(out + r * nbytes, payload, nbytes)
 
 
-def _small_all_gather(m: Move, rows: list[torch.Tensor]) -> None:
-    torch.cat(rows, out=m.output)
-
-
-def _small_broadcast(m: Move, rows: list[torch.Tensor]) -> None:
+def _small_broadcast(m: Move, payloads: list[int]) -> None:
     if m.wire.rank != m.call.root:
-        m.output.copy_(rows[m.call.root])
+        m.wire.copy(m.output.data_ptr(), payloads[m.call.root], m.output.numel() * m.output.element_size())
 
 
-def _small_all_to_all(m: Move, rows: list[torch.Tensor]) -> None:
-    n = m.output.numel() // m.wire.size
-    at = m.wire.rank * n
-    torch.cat([row[at : at + n] for row in rows], out=m.output)
+def _small_all_to_all(m: Move, payloads: list[int]) -> None:
+    nbytes = m.input.numel() * m.input.element_size() // m.wire.size
+    out, at, copy = m.output.data_ptr(), m.wire.rank * nbytes, m.wire.copy
+    for r, payload in enumerate(payloads):
+        copy(out + r * nbytes, payload + at, nbytes)
 
 
-SMALL: dict[str, Local] = {
+SMALL: dict[str, Small] = {
     "all_reduce": _small_all_reduce,
     "reduce_scatter": _small_reduce_scatter,
     "all_gather": _small_all_gather,
@@ -111,7 +112,7 @@ def _scatter_and_sum(m: Move, bounds: list[tuple[int, int]], target: torch.Tenso
         if s + 1 < len(cuts):
             ahead = post(s + 1)
         lo, hi = (x - bounds[rank][0] for x in segment[rank])
-        yield partial(reduce_in_rank_order, target[lo:hi], parts, m.reduce)
+        yield partial(reduce_ranks, target[lo:hi], parts, m.call.reduce)
         for p in wire.peers if gather else ():
             wire.recv(back, m.output[slice(*segment[p])], p, down)
             wire.send(back, target[lo:hi], p, down)
@@ -181,7 +182,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
 
-LARGE: dict[str, Bulk] = {
+LARGE: dict[str, Large] = {
     "all_reduce": _large_all_reduce,
     "reduce_scatter": _large_reduce_scatter,
     "all_gather": _large_all_gather,

@@ -167,7 +167,7 @@ class MPIGroup(CheckedGroup):
         if output is not None and input is not None and output.numel():
             move = Move(call, work.seq, output, input, self._wire, self._shared.pool)
             if small and slot is not None:
-                SMALL[call.op](move, slot.payloads(call.dtype or input.dtype, input.numel()))
+                SMALL[call.op](move, slot.payloads)
             else:
                 work.phase = "data"
                 if work.stage is not None:

@@ -26,7 +26,7 @@ class Buffer:
         return self.data[: numel * dtype.itemsize].view(dtype)
 
     def idle(self) -> bool:
-        return self.busy is None or self.busy.query()
+        return self.busy is None or bool(self.busy.query())
 
 
 class HostPool:
@@ -103,7 +103,7 @@ class GpuStage:
 
     def Test(self) -> bool:
         """True once the input is on the host; named like an MPI request, beside which it is polled."""
-        return self.ready.query()
+        return bool(self.ready.query())
 
     def copy_back(self) -> None:
         """Start the result's way to the GPU, on a stream of its own; called from any thread."""
@@ -123,7 +123,7 @@ class GpuStage:
         self.buffers = []
 
     def arrived(self) -> bool:
-        return self.copied is None or self.copied.query()
+        return self.copied is None or bool(self.copied.query())
 
     def order(self) -> None:
         """Make the current stream wait for the copy back."""

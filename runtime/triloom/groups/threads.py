@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..errors import DeadlineError, DeadlockError, GroupError, MismatchError
+from ..native import reduce_ranks
 from .base import Group, Lanes, Work
 from .checked import CheckedGroup
 from .fingerprint import Call, describe, mismatch_text, rank_list
-from .reduction import reduce_in_rank_order
 from .solo import Solo
 
 T = TypeVar("T")
@@ -134,7 +134,6 @@ class _Channel:
         self.members = members
         self.slots: dict[_SlotKey, dict[int, ThreadWork]] = {}
         self.lane: list[deque[ThreadWork]] = [deque() for _ in members]
-        self.failed = ""
 
 
 class ThreadWork(Work):
@@ -167,8 +166,7 @@ class ThreadWork(Work):
         words = describe(self.call, seq)
         if kind == "transfer":
             sending = sender == self.group.rank
-            what = words.removeprefix("transfer ")
-            words = f"send {what} to rank {receiver}" if sending else f"recv {what} from rank {sender}"
+            words = f"send to rank {receiver}: {words}" if sending else f"recv from rank {sender}: {words}"
         return words
 
     def stuck_text(self) -> str:
@@ -211,21 +209,19 @@ class ThreadWork(Work):
             raise self.error
         if self.over:
             return True
-        world, channel = self.group.world, self.group.channel
+        world = self.group.world
         if world.failed:
             kind, text = world.failed
             raise kind(text if kind is DeadlockError else f"{self.text()} on group {self.group.name!r}: {text}")
-        if channel.failed:
+        if self.group.failed:
             raise GroupError(
-                f"{self.text()} on group {self.group.name!r}: an earlier operation failed: {channel.failed}"
+                f"{self.text()} on group {self.group.name!r}: an earlier operation failed: {self.group.failed}"
             )
         return False
 
     def _late(self, seconds: float) -> DeadlineError:
         text = f"rank {self.group.rank}: {self.stuck_text()} after {seconds:g} s"
-        self.group.channel.failed = self.group.channel.failed or text
-        for r in self.group.members:
-            self.group.world.wake[r].notify_all()
+        self.group.failed = self.group.failed or text
         return DeadlineError(text)
 
 
@@ -241,6 +237,8 @@ class ThreadsGroup(CheckedGroup):
         self.size = len(channel.members)
         self.lanes = lanes
         self.deadline = world.deadline
+        self.failed = ""
+        """The first operation of this rank that passed its deadline: the group takes no more from it."""
         self._seq = 0
         self._splits = 0
         self._transfers: dict[tuple[int, int], int] = {}
@@ -331,7 +329,7 @@ class _Move(NamedTuple):
 
 def _all_reduce(m: _Move) -> None:
     result = torch.empty_like(m.inputs[0])
-    reduce_in_rank_order(result, m.inputs, m.reduce)
+    reduce_ranks(result, m.inputs, m.reduce)
     for out in m.outputs:
         out.copy_(result)
 
@@ -340,7 +338,7 @@ def _reduce_scatter(m: _Move) -> None:
     chunks = [x.view(len(m.inputs), -1) for x in m.inputs]
     results = [torch.empty_like(out) for out in m.outputs]  # an output may overlap an input
     for r, result in enumerate(results):
-        reduce_in_rank_order(result, [c[r] for c in chunks], m.reduce)
+        reduce_ranks(result, [c[r] for c in chunks], m.reduce)
     for out, result in zip(m.outputs, results, strict=True):
         out.copy_(result)
 

@@ -44,6 +44,11 @@ class Wire:
         """A writable buffer over memory that the caller keeps alive."""
         return self._address(address, nbytes)
 
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy host memory by address."""
+        if nbytes:
+            self._address(target, nbytes)[:] = self._address(source, nbytes)
+
     def isend(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
         return self.comm.Isend([self._address(address, nbytes), self._byte], peer, tag)
 
@@ -76,7 +81,8 @@ class Slot:
         self.rows = [wire.memory(self.begin + r * ROW_BYTES, ROW_BYTES) for r in range(wire.size)]
         self.own = self.begin + wire.rank * ROW_BYTES
         self.receives = [(wire.recv_init(self.begin + p * ROW_BYTES, ROW_BYTES, p, HEADER), p) for p in wire.peers]
-        self._views: dict[tuple[torch.dtype, int], list[torch.Tensor]] = {}
+        self.payloads = [self.begin + r * ROW_BYTES + HEADER_BYTES for r in range(wire.size)]
+        """Addresses of the inline payloads, in rank order."""
 
     def post(self, header: bytes, payload: int, nbytes: int) -> Pending:
         """Send header and payload (an address) to every peer, start receiving theirs; returns the sends."""
@@ -88,17 +94,6 @@ class Slot:
             request.Start()
         isend, own, total = self.wire.isend, self.own, HEADER_BYTES + nbytes
         return [(isend(own, total, p, HEADER), p) for p in self.wire.peers]
-
-    def payloads(self, dtype: torch.dtype, numel: int) -> list[torch.Tensor]:
-        """The inline payloads as flat tensors, in rank order."""
-        views = self._views.get((dtype, numel))
-        if views is None:
-            if len(self._views) >= 256:
-                self._views.clear()
-            starts = [r * ROW_BYTES + HEADER_BYTES for r in range(self.wire.size)]
-            views = [self.data[s : s + numel * dtype.itemsize].view(dtype) for s in starts]
-            self._views[dtype, numel] = views
-        return views
 
     def free(self) -> None:
         """Free the persistent requests (none is active)."""

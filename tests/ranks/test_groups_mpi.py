@@ -1,0 +1,146 @@
+"""The MPI group: the shared cases, and what only processes have (progress thread, abandoned work)."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+import group_cases as cases
+from triloom.boot import World
+from triloom.errors import DeadlineError, GroupError, MismatchError
+from triloom.groups.mesh_groups import mesh_groups
+from triloom.groups.mpi import MPIGroup
+from triloom.mesh import make_mesh
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("operation", cases.OPERATIONS)
+def test_operations(world: World, operation: str) -> None:
+    cases.every_dtype_and_size(world.group, operation)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("case", cases.SEVERAL)
+def test_several(world: World, case: str) -> None:
+    cases.SEVERAL[case](world.group)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("case", cases.DISAGREEMENTS)
+def test_disagreement(world: World, case: str) -> None:
+    cases.disagreement(world.group, case)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("case", cases.ABSENT)
+def test_absent(world: World, case: str) -> None:
+    cases.ABSENT[case](world.group)
+
+
+@pytest.mark.ranks(2)
+def test_data_that_does_not_come_is_told_from_a_rank_that_does_not(world: World) -> None:
+    """Rank 1 sends its header and freezes before the data."""
+    group = world.group.split([[0, 1]], "frozen")
+    assert isinstance(group, MPIGroup)
+    x = torch.ones(1 << 20)
+    if world.rank == 0:
+        time.sleep(0.2)
+        with pytest.raises(DeadlineError, match="all ranks had arrived, but the data of rank 1 had not"):
+            group.all_reduce(x).wait(0.4)
+    else:
+        work = group.all_reduce(x)
+        with group._shared.progress.lock:  # nothing of this process moves
+            time.sleep(1.0)
+        work.wait(20)  # rank 0's progress thread still does its part
+        assert x[0] == 2.0
+    world.group.barrier().wait(20)
+
+
+@pytest.mark.ranks(2)
+def test_progress_without_waiting(world: World) -> None:
+    """A large all_reduce, several exchanges and sums long, completes while this thread multiplies matrices."""
+    group = world.group
+    assert isinstance(group, MPIGroup)
+    x = torch.full((4 << 20,), 1.0 + group.rank)
+    a = torch.randn(256, 256)
+    group.barrier().wait()
+    work = group.all_reduce(x)
+    end = time.monotonic() + 20
+    while not work.over and time.monotonic() < end:  # `over` only looks; done() would drive
+        torch.mm(a, a)
+    assert work.over
+    assert x[0] == x[-1] == 3.0
+    work.wait()
+
+
+@pytest.mark.ranks(2)
+def test_operations_overtake(world: World) -> None:
+    """The second operation completes while the first still misses a rank."""
+    group = world.group.split([[0, 1]], "overtaking")
+    x, y = torch.ones(100_000), torch.ones(5)
+    if group.rank == 0:
+        late = group.send(x, 1)
+        group.all_reduce(y).wait()
+        assert not late.done()
+    else:
+        group.all_reduce(y).wait()
+        time.sleep(0.05)
+        late = group.recv(x, 0)
+    late.wait()
+    group.close()
+
+
+@pytest.mark.ranks(2)
+def test_close_abandons_what_is_outstanding(world: World) -> None:
+    group = world.group.split([[0, 1]], "closing")
+    x = torch.zeros(8)
+    works = [group.recv(x, 1)] if group.rank == 0 else []
+    group.close()
+    for work in works:
+        with pytest.raises(GroupError, match=r"recv from rank 1: transfer float32\[8\] #0 .*was abandoned"):
+            work.wait()
+    with pytest.raises(GroupError, match="the group is closed"):
+        group.barrier()
+    group.close()
+    world.group.barrier().wait(20)
+
+
+@pytest.mark.ranks(2)
+def test_unchecked_group_gives_the_same(world: World) -> None:
+    """``check=False`` exists to measure what the check costs."""
+    assert isinstance(world.group, MPIGroup)
+    group = MPIGroup(world.group._wire.comm, name="unchecked", check=False)
+    for operation in cases.OPERATIONS.values():
+        for numel in (7, 40_003):
+            operation(group, torch.float32, numel)
+    group.close()
+
+
+@pytest.mark.ranks(4)
+def test_mesh_groups(world: World) -> None:
+    mesh = make_mesh(4, dp=2, tp=2)
+    groups = mesh_groups(world.group, mesh)
+    for axes in (("dp",), ("tp",), ("dp", "tp"), ("pp",)):
+        group = groups.over(*axes)
+        assert group.members == mesh.peers(world.rank, *axes)
+        got = torch.empty(group.size, dtype=torch.int64)
+        group.all_gather(got, torch.tensor([world.rank])).wait()
+        assert tuple(got.tolist()) == group.members
+    groups.close()
+    with pytest.raises(MismatchError, match="disagree on the mesh"):
+        mesh_groups(world.group, make_mesh(4, pp=1 if world.rank else 2))
+
+
+@pytest.mark.ranks(2)
+def test_many_small_operations_keep_nothing(world: World) -> None:
+    """Header slots and buffers are reused: their number follows what is outstanding, not what has passed."""
+    group = world.group
+    assert isinstance(group, MPIGroup)
+    x = torch.ones(4)
+    for _ in range(300):
+        group.all_reduce(x, "max").wait()
+    group.barrier().wait()
+    assert len(group._slots) <= 3
+    assert not group._shared.progress.outstanding(lambda job: job.over is False)
