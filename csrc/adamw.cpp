@@ -75,11 +75,31 @@ void run(const AdamWArrays& a, DType own, int64_t n, const AdamWNumbers& numbers
     });
 }
 
+// The loops assume separate arrays.
+void require_apart(const AdamWArrays& a, int64_t n) {
+    const int64_t state = n * item_size(a.state_dtype);
+    const struct {
+        const char* name;
+        const void* data;
+        int64_t size;
+    } arrays[] = {{"param", a.param, state},
+                  {"grad", a.grad, n * item_size(a.grad_dtype)},
+                  {"exp_avg", a.exp_avg, state},
+                  {"exp_avg_sq", a.exp_avg_sq, state},
+                  {"low", a.low, a.low ? n * item_size(a.low_dtype) : 0}};
+    for (const auto& x : arrays)
+        for (const auto& y : arrays)
+            if (&x < &y && x.size && y.size && overlap(x.data, x.size, y.data, y.size))
+                throw Error(std::string("adamw: ") + x.name + " and " + y.name +
+                            " overlap in memory; they must be separate");
+}
+
 }  // namespace
 
 void adamw(const AdamWArrays& a, int64_t n, const AdamWNumbers& numbers, Pool* pool) {
     require(n >= 0, "adamw: the number of elements is negative");
     require(n == 0 || (a.param && a.grad && a.exp_avg && a.exp_avg_sq), "adamw: a null pointer with elements to update");
+    require_apart(a, n);
     switch (a.state_dtype) {
         case DType::f32: return run<float>(a, DType::f32, n, numbers, pool);
         case DType::f64: return run<double>(a, DType::f64, n, numbers, pool);

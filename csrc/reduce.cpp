@@ -159,6 +159,11 @@ void reduce_ranks(void* out, const std::vector<const void*>& inputs, DType dtype
     require(n >= 0, "reduce_ranks: the number of elements is negative");
     if (n == 0) return;
     require(out && std::find(inputs.begin(), inputs.end(), nullptr) == inputs.end(), "reduce_ranks: a null pointer");
+    const int64_t size = n * item_size(dtype);
+    for (size_t r = 0; r < inputs.size(); ++r)
+        if (inputs[r] != out && overlap(out, size, inputs[r], size))
+            throw Error("reduce_ranks: out overlaps inputs[" + std::to_string(r) +
+                        "] in part; it must be one of the inputs or separate from all");
     switch (dtype) {
         case DType::f32: return reduce_of<float>(out, inputs, dtype, n, op, pool);
         case DType::f64: return reduce_of<double>(out, inputs, dtype, n, op, pool);

@@ -5,16 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import os
 import struct
-import threading
-import time
 
 import pytest
 import torch
 
-from triloom import _C, native, philox
-from triloom.errors import ConfigError, TriloomError
+from triloom import native, philox
+from triloom.errors import ConfigError
 
 SIZES = (0, 1, 7, 4096, 4097, 70_001)
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -159,7 +156,7 @@ def test_adamw_shapes_and_parameters():
 
 
 def adamw_with(**changes: object) -> None:
-    arguments = dict(param=torch.zeros(4), grad=torch.zeros(4), exp_avg=torch.zeros(4), exp_avg_sq=torch.zeros(4))
+    arguments = {name: torch.zeros(4) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
     native.adamw_(**{**arguments, **HYPER, "step": 1, **changes})
 
 
@@ -175,7 +172,7 @@ def adamw_with(**changes: object) -> None:
         ({"low": torch.zeros(4)}, "low has dtype"),
         ({"lr": -1.0}, "lr=-1"),
         ({"lr": math.nan}, "lr=nan"),
-        ({"betas": (0.9, 1.0)}, r"betas\[1\]=1.0"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\)"),
         ({"step": 0}, "step=0"),
         ({"eps": math.inf}, "eps=inf"),
     ],
@@ -187,7 +184,7 @@ def test_adamw_errors(changes, message):
 
 def test_adamw_refuses_overlap():
     flat = torch.zeros(10)
-    with pytest.raises(ConfigError, match="exp_avg and exp_avg_sq overlap"):
+    with pytest.raises(native.NativeError, match="exp_avg and exp_avg_sq overlap"):
         adamw_with(exp_avg=flat[:4], exp_avg_sq=flat[3:7])
     adamw_with(exp_avg=flat[:4], exp_avg_sq=flat[4:8])
 
@@ -321,7 +318,6 @@ def test_integer_sums_wrap():
         (lambda x: native.reduce_ranks(x[:4], []), "no inputs"),
         (lambda x: native.reduce_ranks(x[:4], [x[4:8], x[4:7]]), r"inputs\[1\] has 3 elements"),
         (lambda x: native.reduce_ranks(x[:4], [x[4:8].double()]), r"inputs\[0\] has dtype torch.float64"),
-        (lambda x: native.reduce_ranks(x[:4], [x[4:8], x[2:6]]), r"overlaps inputs\[1\]"),
         (lambda x: native.reduce_ranks(x[:4], [x[:8:2]]), r"inputs\[0\] is not contiguous"),
         (lambda x: native.reduce_ranks(x.to(torch.int32), [x]), "out has dtype torch.int32"),
     ],
@@ -331,85 +327,13 @@ def test_reduction_errors(call, message):
         call(torch.zeros(10))
 
 
-# threads
+def test_reduction_refuses_partial_overlap():
+    x = torch.zeros(10)
+    with pytest.raises(native.NativeError, match=r"overlaps inputs\[1\]"):
+        native.reduce_ranks(x[:4], [x[4:8], x[2:6]])
 
 
-def test_pool_size():
-    assert native.Pool(3).threads == 3
-    for threads in (0, -1):
-        with pytest.raises(native.NativeError, match=f"at least 1 thread, got {threads}"):
-            native.Pool(threads)
-    assert issubclass(native.NativeError, TriloomError)
-
-
-def test_pool_shared_by_threads():
-    pool = native.Pool(3)
-    x = draw(300_000, torch.float32, 5)
-    expected = native.sum_squares(x)
-    seen: list[float] = []
-    threads = [
-        threading.Thread(target=lambda: seen.extend(native.sum_squares(x, pool=pool) for _ in range(20)))
-        for _ in range(4)
-    ]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(30)
-    assert seen == [expected] * 80
-
-
-def test_errors_inside_the_pool_come_out_and_leave_it_usable():
-    pool = native.Pool(2)
-    x = torch.zeros(100_000)
-    with pytest.raises(native.NativeError, match="16"):
-        # An integer gradient cannot be loaded: the conversion throws within the worker threads.
-        _C.adamw(*([x.data_ptr()] * 4), 0, 0, 4, 0, x.numel(), (0.0,) * 9, pool)
-    assert native.sum_squares(torch.ones(100_000), pool=pool) == 100_000.0
-
-
-def test_pool_in_a_forked_child_is_refused():
-    pool = native.Pool(3)
-    x = torch.ones(100_000)
-    native.sum_squares(x, pool=pool)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            native.sum_squares(x, pool=pool)
-        except native.NativeError as error:
-            code = 0 if "fork" in str(error) and str(os.getpid()) in str(error) else 2
-        try:
-            del pool
-            if native.sum_squares(x, pool=native.Pool(2)) != 100_000.0:
-                code = 3
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + 20
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if ended[0] == 0:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-        pytest.fail("the forked child hangs")
-    assert os.waitstatus_to_exitcode(ended[1]) == 0
-
-
-def test_long_functions_give_up_the_interpreter():
-    done = threading.Event()
-    out = torch.empty(1 << 23)
-
-    def work() -> None:
-        philox.normal_(out, 1, 0, (1,))
-        done.set()
-
-    thread = threading.Thread(target=work)
-    turns = 0
-    thread.start()
-    while not done.is_set():
-        turns += 1
-        time.sleep(0.0005)
-    thread.join()
-    assert turns > 3, "the main thread stood still while the kernel ran"
+# autograd
 
 
 def test_autograd_notices_a_write():
