@@ -10,9 +10,9 @@ from . import __version__, boot
 from .config import Config, Loaded, help_fields, load
 from .demo import demo
 from .dryrun import describe
-from .errors import ConfigError, TriloomError
+from .errors import ConfigError, DivergedError, TriloomError
 from .together import SetupError, together
-from .train import DivergedError, prepare, train
+from .train import prepare, train
 
 USAGE = """\
 triloom trains one model on many ranks: tensor, pipeline and data parallelism under mpirun.

@@ -19,6 +19,10 @@ class ProgramError(TriloomError):
     """The verifier refused a program; the message holds the rank-by-step grid."""
 
 
+class DivergedError(TriloomError):
+    """A number of the training is not finite any more; found at the same step on every rank."""
+
+
 class GroupError(TriloomError, RuntimeError):
     """A communication operation failed."""
 

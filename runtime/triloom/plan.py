@@ -104,7 +104,8 @@ def _rates(c: Config) -> str | None:
     if o.min_lr is not None and o.min_lr > o.lr:
         return "the learning rate cannot decay upwards; lower min_lr or raise lr"
     end = o.steps or c.train.steps
-    return f"the warm-up must end before the decay does, at step {end}" if o.warmup >= end else None
+    late = o.warmup is not None and o.warmup >= end
+    return f"the warm-up must end before the decay does, at step {end}" if late else None
 
 
 def _evaluation(c: Config) -> str | None:
@@ -217,6 +218,7 @@ def _fill(config: Config, mesh: Mesh, data_vocab: int) -> Config:
         schedule=replace(s, microbatches=s.microbatches or max(1, min(wanted, config.train.batch // dp))),
         optim=replace(
             o,
+            warmup=min(100, config.train.steps // 10) if o.warmup is None else o.warmup,
             min_lr=(o.lr / 10 if o.min_lr is None else o.min_lr) if cosine else None,
             steps=(o.steps or config.train.steps) if cosine else None,
         ),

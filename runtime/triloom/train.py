@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from .config import Config
 from .config.show import plain
 from .data import Batch, Corpus, Split, Windows, open_corpus, split
 from .engine import Engine
-from .errors import TriloomError
 from .groups.objects import gather_objects
 from .models import Model, decoder
 from .optim import AdamW, warmup_cosine
@@ -28,10 +26,6 @@ from .runlog import Log, Result, check_run_dir, open_log
 from .together import agree_on, together
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-
-
-class DivergedError(TriloomError):
-    """The loss is not a finite number any more; raised on every rank."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ def train(
     """Train as ``config`` says on all ranks of ``world``; rank 0 prints to ``out`` and writes the run directory.
 
     sources: where each key was given, for error messages. Raises SetupError on every rank if the run
-    cannot start, DivergedError on every rank if the loss stops being a number.
+    cannot start, DivergedError on every rank if the gradient stops being finite.
     """
     job = together(world.group, lambda: _prepare_rank(config, world, sources))
     agree_on(world.group, _must_agree(job), "start every rank with the same configuration and data")
@@ -94,7 +88,8 @@ def make_optimizer(config: Config) -> AdamW:
     """AdamW of a filled Config."""
     o = config.optim
     floor = o.lr if o.min_lr is None else o.min_lr  # a constant rate is a decay from lr to lr
-    lr = warmup_cosine(o.lr, warmup=o.warmup, steps=o.steps or max(1, o.warmup), floor=floor)
+    warmup = o.warmup or 0
+    lr = warmup_cosine(o.lr, warmup=warmup, steps=o.steps or max(1, warmup), floor=floor)
     return AdamW(lr=lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
 
 
@@ -142,19 +137,11 @@ class Loop:
             evaluated = self._due(step)
             held_out = self._evaluate() if evaluated else held_out
             self._log.step(metrics, seconds, self._engine.memory(), held_out if evaluated else None)
-            self._check(metrics.loss, step)
         spent = time.perf_counter() - begin
         memory = gather_objects(self._world.group, self._engine.memory())
         result = Result(self._log.folder, losses[0], losses[-1], held_out, spent, tuple(memory))
         self._log.finish(result)
         return result
-
-    def _check(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} at step {step} (optim.lr = {self._config.optim.lr:g}, optim.clip = "
-                f"{plain(self._config.optim.clip)}); lower optim.lr, lengthen optim.warmup, or set optim.clip"
-            )
 
     def _batch(self, windows: Windows, step: int) -> Batch:
         return windows.batch(step, self._config.train.batch, self._plan.dp, self._dp_rank)

@@ -121,8 +121,8 @@ class OptimConfig(Section):
     """Highest learning rate."""
     min_lr: Annotated[float | None, at_least(0)] = None
     """Learning rate at the end of the decay, at most lr; none: lr / 10."""
-    warmup: Annotated[int, at_least(0)] = 10
-    """Steps over which the learning rate grows linearly from 0 to lr."""
+    warmup: Annotated[int | None, at_least(0)] = None
+    """Steps over which the learning rate grows linearly from 0 to lr; none: a tenth of train.steps, at most 100."""
     decay: Annotated[str, one_of(DECAYS)] = "cosine"
     """cosine: from lr to min_lr at optim.steps. constant: lr after the warm-up."""
     steps: Annotated[int | None, at_least(1)] = None
