@@ -77,6 +77,13 @@ def test_many_stages_per_coordinate():
         assert verify(add_communication(interleaved(c, v, m)), lanes="per_direction").in_flight == (v * m,) * c
 
 
+def test_receives_follow_the_order_of_the_sends_even_if_they_are_used_in_another():
+    forward = schedules.forward_only(2, 3)
+    program = add_communication(Program((forward.ranks[0], forward.ranks[1][::-1]), (0, 1), 3))
+    assert text(program.ranks[1]) == "RECV:act0@0<0 RECV:act0@1<0 RECV:act0@2<0 F:stage1@2 F:stage1@1 F:stage1@0"
+    verify(program)
+
+
 def test_communication_refuses_what_is_not_a_schedule():
     with pytest.raises(ProgramError, match=r"rank 0 has RECV:grad1@0<1.*run it on the schedule"):
         add_communication(add_communication(schedules.gpipe(2, 1)))
@@ -137,6 +144,18 @@ def test_a_tie_inside_one_coordinate_is_reduced_as_early_as_others():
         "STEP:params.0 STEP:params.1"
     )
     verify(program, layout=layout, placement=zero0())
+
+
+def test_ties_are_summed_in_their_own_order_whatever_the_buckets():
+    buckets = (
+        (BucketInfo(0, (0,), (1,)), BucketInfo(1, (1,), (0,))),
+        (BucketInfo(0, (2,), (0,)), BucketInfo(1, (3,), (1,))),
+    )
+    layout = StateLayout(((0, 1), (2, 3)), buckets)
+    program = lowered(layout=layout)
+    assert "TIE:grads.1 REDUCE:grads.1 TIE:grads.0 REDUCE:grads.0 CLIP" in text(program.ranks[0])
+    assert "TIE:grads.0 REDUCE:grads.0 TIE:grads.1 REDUCE:grads.1 CLIP" in text(program.ranks[1])
+    verify(program, layout=layout, placement=zero1())
 
 
 def test_split_backwards_lower_the_last_weight_gradient_only():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..actions import COMPUTE, STATE, TRANSFER, Action, Program, Subject
 from ..grid import Place
@@ -49,7 +50,7 @@ class Facts:
     unit_parts: dict[Whole, list[tuple[int, Place]]] = field(default_factory=lambda: defaultdict(list))
     """The unit actions of a stage's compute action, in program order."""
 
-    @property
+    @cached_property
     def has_backward(self) -> bool:
         return any(op != "F" for op, _, _ in self.spans)
 
