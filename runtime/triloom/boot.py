@@ -306,7 +306,7 @@ def init(
         row, announced = find_launcher(env, launcher)
         name, connection = row.name, row.connect(announced, deadline, env)
     group = connection.group
-    installed = _install_hooks(connection) if hooks else None
+    rank_hooks = _hooks(connection) if hooks else None
     world = World(
         rank=group.rank,
         size=group.size,
@@ -316,19 +316,19 @@ def init(
         device=choose_device(device, connection.local_rank if local_rank is None else local_rank),
         threads=choose_threads(threads, connection, env),
         launcher=name,
-        _lifetime=Lifetime(installed, connection.finalize),
+        _lifetime=Lifetime(rank_hooks, connection.finalize),
     )
     if not 0 <= world.local_rank < world.local_size:
         raise ConfigError(f"rank {world.rank}: local_rank={world.local_rank} is not in local_size={world.local_size}")
     torch.set_num_threads(world.threads)
+    if rank_hooks is not None:
+        rank_hooks.install()
     return world
 
 
-def _install_hooks(connection: Connection) -> Hooks | None:
+def _hooks(connection: Connection) -> Hooks | None:
     group = connection.group
     if group.size == 1 and _interactive():
         return None
     who = f"[rank {group.rank} of {group.size} on {socket.gethostname()}]"
-    hooks = Hooks(who, connection.abort or _one_rank_abort, main=group.size > 1)
-    hooks.install()
-    return hooks
+    return Hooks(who, connection.abort or _one_rank_abort, main=group.size > 1)

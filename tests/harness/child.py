@@ -76,7 +76,7 @@ def run_tests(session: RankSession, folder: Path, spec: dict[str, Any]) -> None:
     """The selected tests of one file."""
     basetemp = folder / f"tmp{session.world.rank}"
     arguments = [spec["file"], "--rootdir", spec["root"], "--basetemp", str(basetemp)]
-    arguments += ["--runxfail", "--capture=sys", "--color=no", "-q", "-m", "", *QUIET]
+    arguments += ["-p", "harness.plugin", "--runxfail", "--capture=sys", "--color=no", "-q", "-m", "", *QUIET]
     pytest.main(arguments, plugins=[Reporter(session, spec["timeouts"])])
 
 

