@@ -1,0 +1,78 @@
+"""Programs for the tests of the verifier: a whole one, and small edits of its text."""
+
+from triloom import schedules
+from triloom.actions import Action, parse_action, replace_ranks
+from triloom.passes import BucketInfo, StateLayout, add_communication, add_state, consumed_by, produced
+from triloom.placement import zero1
+from triloom.verify import verify
+
+LAYOUT = StateLayout(
+    units=((0, 1), (2, 3)),
+    buckets=(
+        (BucketInfo(0, (0,), tied=(0,)), BucketInfo(1, (1,))),
+        (BucketInfo(0, (2,)), BucketInfo(1, (3,), tied=(0,))),
+    ),
+)
+
+
+def naive_communication(program):
+    """What one writes first: send after the producer, receive right before the consumer."""
+
+    def row(actions):
+        for a in actions:
+            if subject := consumed_by(program, a):
+                yield Action("RECV", subject, a.microbatch, program.stages[subject.index])
+            yield a
+            if pair := produced(program, a):
+                yield pair[0]
+
+    return replace_ranks(program, map(row, program.ranks))
+
+
+def whole(m=3):
+    return add_state(add_communication(schedules.one_f_one_b(2, m)), LAYOUT, zero1())
+
+
+def check(program, **kw):
+    return verify(program, layout=LAYOUT, placement=zero1(), **kw)
+
+
+def edit(program, rank, change):
+    """The program with one rank's list of texts changed in place by ``change``."""
+    row = [str(a) for a in program.ranks[rank]]
+    change(row)
+    rows = list(program.ranks)
+    rows[rank] = tuple(map(parse_action, row))
+    return replace_ranks(program, rows)
+
+
+def drop(text):
+    return lambda row: row.remove(text)
+
+
+def swap(a, b):
+    def change(row):
+        i, j = row.index(a), row.index(b)
+        row[i], row[j] = row[j], row[i]
+
+    return change
+
+
+def turn(a, b):
+    def change(row):
+        row[row.index(a)] = b
+
+    return change
+
+
+def after(text, new):
+    return lambda row: row.insert(row.index(text) + 1, new)
+
+
+def before(text, new):
+    return lambda row: row.insert(row.index(text), new)
+
+
+def split(row):
+    row[row.index("BW:stage0@0")] = "W:stage0@0"
+    row.insert(row.index("W:stage0@0") + 1, "B:stage0@0")
