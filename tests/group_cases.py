@@ -15,7 +15,7 @@ from triloom.groups.objects import agree, broadcast_object, gather_objects
 from triloom.groups.solo import Solo
 
 SIZES = (0, 1, 3, 7, 64, 1001, 4096, 20_011)
-"""Per-rank lengths around the limit of what travels with a header (16 KiB) and off every alignment."""
+"""Per-rank lengths on both sides of what travels with a header (16 to 64 KiB here) and off every alignment."""
 LARGE = 600_011
 """Several segments of a reduction, for 2 ranks, the last one short."""
 
@@ -300,6 +300,12 @@ def wrong_transfer_dtype(group: Group, odd: bool) -> list[Work]:
     return wrong_transfer(group, odd, numel=9, dtype=torch.int64)
 
 
+def refused_transfer(group: Group, odd: bool) -> list[Work]:
+    if odd:
+        return [group.recv(_ones(18)[::2], 0)]
+    return [group.send(_ones(100_000), group.size - 1)] if group.rank == 0 else []
+
+
 def _ones(numel: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.ones(numel, dtype=dtype)
 
@@ -322,9 +328,10 @@ DISAGREEMENTS: dict[str, Callable[[Group, bool], list[Work]]] = {
         wrong_transfer,
         wrong_transfer_large,
         wrong_transfer_dtype,
+        refused_transfer,
     )
 }
-REFUSED_AT_ONCE = ("root_outside", "wrong_output", "not_contiguous", "unsupported_dtype")
+REFUSED_AT_ONCE = ("root_outside", "wrong_output", "not_contiguous", "unsupported_dtype", "refused_transfer")
 
 
 def disagreement(group: Group, case: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
 import torch
 
 import group_cases as cases
+from group_cases import draw, in_order
 from triloom.boot import World
 from triloom.errors import DeadlineError, GroupError, MismatchError
+from triloom.groups.base import Transfer, Work
 from triloom.groups.mesh_groups import mesh_groups
 from triloom.groups.mpi import MPIGroup
 from triloom.mesh import make_mesh
@@ -144,3 +147,41 @@ def test_many_small_operations_keep_nothing(world: World) -> None:
     group.barrier().wait()
     assert len(group._slots) <= 3
     assert not group._shared.progress.outstanding(lambda job: job.over is False)
+
+
+@pytest.mark.ranks(2)
+def test_long_messages_go_in_pieces(world: World) -> None:
+    """What is over 1 GiB is sent in pieces; here over 10,001 bytes."""
+    assert isinstance(world.group, MPIGroup)
+    world.group._wire.piece_bytes = 10_001
+    for operation in cases.OPERATIONS.values():
+        operation(world.group, torch.float64, 50_003)
+
+
+@pytest.mark.ranks(4)
+def test_random_programs(world: World) -> None:
+    """Collectives of three groups and transfers, issued in one random order on all ranks, waited in another on each."""
+    group = world.group
+    subs = [group, group.split([[0, 2], [1, 3]], "columns"), group.split([[3, 2], [1, 0]], "rows")]
+    together, alone = random.Random(7), random.Random(world.rank)
+    for _ in range(15):
+        under_way: list[tuple[Work, torch.Tensor, torch.Tensor]] = []
+        for salt in range(12):
+            of, numel = together.choice(subs), together.choice((1, 700, 9000, 120_000))
+            ranks = [group.members.index(m) for m in of.members]
+            inputs = [draw(r, torch.float32, numel, salt) for r in ranks]
+            mine, peer = inputs[of.rank], (of.rank + of.size // 2) % of.size
+            if together.random() < 0.5:
+                want = in_order([x.clone() for x in inputs], "sum")
+                under_way.append((of.all_reduce(mine), mine, want))
+            else:
+                got = torch.zeros(numel)
+                batch = [Transfer("recv", got, peer), Transfer("send", mine, peer)]
+                alone.shuffle(batch)
+                under_way.append((of.batch(batch), got, inputs[peer].clone()))
+        alone.shuffle(under_way)
+        for work, got, want in under_way:
+            work.wait(20)
+            assert torch.equal(got, want)
+    for sub in subs[1:]:
+        sub.close()

@@ -141,7 +141,7 @@ class MPIGroup(CheckedGroup):
         if not any_tensor.is_cuda:
             return out, inp
         work.stage = self._shared.gpu(any_tensor.device).stage(out, inp, in_place)
-        if any_tensor.numel() * any_tensor.element_size() <= INLINE_BYTES * self.size:
+        if any_tensor.numel() * any_tensor.element_size() <= max(INLINE_BYTES, self._wire.inline_bytes * self.size):
             work.stage.ready.synchronize()  # may travel with the header, which must leave in order
         return work.stage.host_out, work.stage.host_in
 
@@ -152,7 +152,7 @@ class MPIGroup(CheckedGroup):
     ) -> Steps:
         call = work.call
         nbytes = 0 if input is None else input.numel() * input.element_size()
-        small = nbytes <= INLINE_BYTES
+        small = nbytes <= self._wire.inline_bytes
         sends: Pending = []
         slot = None
         if small or self._check:

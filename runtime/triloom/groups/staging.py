@@ -26,7 +26,7 @@ class Buffer:
         return self.data[: numel * dtype.itemsize].view(dtype)
 
     def idle(self) -> bool:
-        return self.busy is None or bool(self.busy.query())
+        return self.busy is None or bool(self.busy.query())  # type: ignore[no-untyped-call]
 
 
 class HostPool:
@@ -64,7 +64,7 @@ class GpuCopies:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = HostPool(pinned=True)
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def stage(self, output: torch.Tensor | None, input: torch.Tensor | None, in_place: bool) -> GpuStage:
         """Host counterparts of an operation's flat tensors; ``input`` starts its way on the current stream.
@@ -82,7 +82,7 @@ class GpuCopies:
         elif output is not None:
             buffers.append(self.pool.take(output.numel() * output.element_size()))
             host_out = buffers[-1].view(output.dtype, output.numel())
-        ready = torch.cuda.Event()
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record(torch.cuda.current_stream(self.device))
         return GpuStage(self, output, host_out, host_in, ready, buffers)
 
@@ -103,7 +103,7 @@ class GpuStage:
 
     def Test(self) -> bool:
         """True once the input is on the host; named like an MPI request, beside which it is polled."""
-        return bool(self.ready.query())
+        return bool(self.ready.query())  # type: ignore[no-untyped-call]
 
     def copy_back(self) -> None:
         """Start the result's way to the GPU, on a stream of its own; called from any thread."""
@@ -112,7 +112,7 @@ class GpuStage:
             with torch.cuda.device(self.copies.device), torch.cuda.stream(stream):
                 stream.wait_event(self.ready)
                 self.output.copy_(self.host_out, non_blocking=True)
-                self.copied = torch.cuda.Event()
+                self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self.copied.record(stream)
 
     def release(self) -> None:
@@ -123,7 +123,7 @@ class GpuStage:
         self.buffers = []
 
     def arrived(self) -> bool:
-        return self.copied is None or bool(self.copied.query())
+        return self.copied is None or bool(self.copied.query())  # type: ignore[no-untyped-call]
 
     def order(self) -> None:
         """Make the current stream wait for the copy back."""

@@ -10,9 +10,10 @@ from .fingerprint import HEADER_BYTES
 from .progress import Pending
 
 INLINE_BYTES = 16 << 10
-"""A rank's input up to this size travels with its header, so that one exchange is enough."""
+"""A transfer up to this size travels with its header; a larger one is not copied on its way."""
 ROW_BYTES = HEADER_BYTES + INLINE_BYTES
-_PIECE_BYTES = 1 << 30
+_SLOT_BYTES = 128 << 10
+_LEAST_INLINE_BYTES = 1 << 10
 
 HEADER, SEND_HEADER, RECV_HEADER = 1, 2, 3
 """Tags of messages that are matched by their order."""
@@ -34,6 +35,11 @@ class Wire:
         self.peers = [(self.rank + i) % self.size for i in range(1, self.size)]
         self._address = MPI.buffer.fromaddress
         self._byte = MPI.BYTE
+        self.inline_bytes = max(_LEAST_INLINE_BYTES, _SLOT_BYTES // self.size)
+        """A rank's input to a collective up to this size goes to every rank with the header: one exchange is
+        enough then, for p/2 times the bytes of a large operation (measured: the better way up to 64 KiB at p=2)."""
+        self.piece_bytes = 1 << 30
+        """Longest single message: MPI counts in C ints."""
         upper = comm.Get_attr(MPI.TAG_UB) or 32767
         self._window = (upper - _FIRST_DATA_TAG) // _PHASES
 
@@ -61,14 +67,14 @@ class Wire:
     def send(self, pending: Pending, tensor: torch.Tensor, peer: int, tag: int) -> None:
         """Start sending a contiguous tensor in pieces; nothing is sent for an empty one."""
         begin, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        for at in range(0, nbytes, _PIECE_BYTES):
-            pending.append((self.isend(begin + at, min(_PIECE_BYTES, nbytes - at), peer, tag), peer))
+        for at in range(0, nbytes, self.piece_bytes):
+            pending.append((self.isend(begin + at, min(self.piece_bytes, nbytes - at), peer, tag), peer))
 
     def recv(self, pending: Pending, tensor: torch.Tensor, peer: int, tag: int) -> None:
         """Counterpart of :meth:`send`."""
         begin, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        for at in range(0, nbytes, _PIECE_BYTES):
-            pending.append((self.irecv(begin + at, min(_PIECE_BYTES, nbytes - at), peer, tag), peer))
+        for at in range(0, nbytes, self.piece_bytes):
+            pending.append((self.irecv(begin + at, min(self.piece_bytes, nbytes - at), peer, tag), peer))
 
 
 class Slot:
@@ -76,12 +82,13 @@ class Slot:
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.data = torch.zeros(wire.size * ROW_BYTES, dtype=torch.uint8)
+        row = HEADER_BYTES + wire.inline_bytes
+        self.data = torch.zeros(wire.size * row, dtype=torch.uint8)
         self.begin = self.data.data_ptr()
-        self.rows = [wire.memory(self.begin + r * ROW_BYTES, ROW_BYTES) for r in range(wire.size)]
-        self.own = self.begin + wire.rank * ROW_BYTES
-        self.receives = [(wire.recv_init(self.begin + p * ROW_BYTES, ROW_BYTES, p, HEADER), p) for p in wire.peers]
-        self.payloads = [self.begin + r * ROW_BYTES + HEADER_BYTES for r in range(wire.size)]
+        self.rows = [wire.memory(self.begin + r * row, row) for r in range(wire.size)]
+        self.own = self.begin + wire.rank * row
+        self.receives = [(wire.recv_init(self.begin + p * row, row, p, HEADER), p) for p in wire.peers]
+        self.payloads = [self.begin + r * row + HEADER_BYTES for r in range(wire.size)]
         """Addresses of the inline payloads, in rank order."""
 
     def post(self, header: bytes, payload: int, nbytes: int) -> Pending:
