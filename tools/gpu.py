@@ -2,7 +2,7 @@
 
 Parts, in the order given:
   wheels  on a machine with an index, beforehand: download what GPU boxes lack (Open MPI) into build/wheels, which
-          then travels with the checkout; without it the tests that need mpirun skip themselves
+          then travels with the checkout; without it tests that need mpirun fail and say so
   build   install the checkout, and build/wheels if present, into build/gpu; the system's python is not touched
   test    run tests/gpu against build/gpu
 With OUT set, what happened goes to $OUT/gpu.json.
