@@ -62,6 +62,20 @@ def test_data_that_does_not_come_is_told_from_a_rank_that_does_not(world: World)
 
 
 @pytest.mark.ranks(2)
+def test_transfer_against_collective(world: World) -> None:
+    """Two kinds of operation have no header in common; the deadline tells what the other rank is at."""
+    group = world.group.split([[0, 1]], "kinds")
+    work = group.recv(torch.ones(5), 0) if world.rank else group.all_reduce(torch.ones(7))
+    if world.rank == 0:
+        instead = r"rank 1 had not arrived; rank 1 is at recv from rank 0: transfer float32\[5\] #0"
+    else:
+        instead = r"rank 0 had not arrived; rank 0 is at all_reduce float32\[7\] sum #0"
+    with pytest.raises(DeadlineError, match=instead):
+        work.wait(0.3)
+    world.group.barrier().wait(20)
+
+
+@pytest.mark.ranks(2)
 def test_progress_without_waiting(world: World) -> None:
     """A large all_reduce, several exchanges and sums long, completes while this thread multiplies matrices."""
     group = world.group

@@ -30,7 +30,7 @@ from .moves import LARGE, SMALL, Move
 from .progress import Job, Pending, Progress, Steps
 from .solo import Solo
 from .staging import GpuCopies, GpuStage, HostPool
-from .wire import INLINE_BYTES, RECV_HEADER, ROW_BYTES, SEND_HEADER, TRANSFER, Slot, Wire
+from .wire import HEADER, INLINE_BYTES, RECV_HEADER, ROW_BYTES, SEND_HEADER, TRANSFER, Slot, Wire
 
 
 class _Shared(NamedTuple):
@@ -356,12 +356,21 @@ class MPIWork(Job, Work):
         group = self.group
         with group._shared.progress.lock:
             late = sorted({peer for request, peer in self.pending if not request.Test()})
+            instead = [
+                f"rank {peer} is at {_DIRECTION[tag].format(group.rank)}{describe_header(header)}"
+                for peer in late
+                for tag, header in group._wire.unexpected(peer)
+            ]
         who = rank_list(late, group.members) if late else "the local sum"
         state = (
             f"{who} had not arrived"
             if self.phase == "headers"
             else f"all ranks had arrived, but the data of {who} had not"
         )
-        text = f"rank {group.rank}: {self.text()} on group {group.name!r}: after {seconds:g} s {state}"
+        here = f"rank {group.rank}: {self.text()} on group {group.name!r}"
+        text = "; ".join([f"{here}: after {seconds:g} s {state}", *instead])
         group._failed = group._failed or text
         return DeadlineError(text)
+
+
+_DIRECTION = {HEADER: "", SEND_HEADER: "send to rank {}: ", RECV_HEADER: "recv from rank {}: "}

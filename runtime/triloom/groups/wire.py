@@ -64,6 +64,17 @@ class Wire:
     def recv_init(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
         return self.comm.Recv_init([self._address(address, nbytes), self._byte], peer, tag)
 
+    def unexpected(self, peer: int) -> list[tuple[int, bytes]]:
+        """Take the headers that came from a peer and that no operation here waits for, as ``(tag, header)``."""
+        found = []
+        for tag in (HEADER, SEND_HEADER, RECV_HEADER):
+            message = self.comm.Improbe(peer, tag)
+            if message is not None:
+                data = bytearray(HEADER_BYTES + max(INLINE_BYTES, self.inline_bytes))
+                message.Recv([data, self._byte])
+                found.append((tag, bytes(data[:HEADER_BYTES])))
+        return found
+
     def send(self, pending: Pending, tensor: torch.Tensor, peer: int, tag: int) -> None:
         """Start sending a contiguous tensor in pieces; nothing is sent for an empty one."""
         begin, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
