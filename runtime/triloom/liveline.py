@@ -72,6 +72,11 @@ def _columns(out: TextIO) -> int:
         return 80
 
 
+def plural(count: int, noun: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """``7s``, ``1:05``, ``2:03:00``."""
     whole = max(0, round(seconds))

@@ -19,7 +19,7 @@ from .boot import World
 from .config import to_toml
 from .engine import Metrics
 from .errors import ConfigError
-from .liveline import LiveLine, Pace, duration
+from .liveline import LiveLine, Pace, duration, plural
 from .plan import Plan
 from .plot import PlotUnavailableError, plot_losses
 
@@ -177,12 +177,12 @@ class RunLog(AbstractContextManager["RunLog"]):
         )
         self._line.step(metrics.step + 1, metrics.loss, speed, self._pace.left(metrics.step + 1, seconds))
         if held_out is not None:
-            self._line.say(f"held-out loss {held_out:.4f} after {metrics.step + 1} steps")
+            self._line.say(f"held-out loss {held_out:.4f} after {plural(metrics.step + 1, 'step')}")
 
     def finish(self, result: Result) -> None:
         speed = self._tokens / result.seconds
         self._line.say(
-            f"trained {self._plan.config.train.steps} steps in {duration(result.seconds)}: "
+            f"trained {plural(self._plan.config.train.steps, 'step')} in {duration(result.seconds)}: "
             f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}, {speed:,.0f} tokens/s over all"
         )
         largest = max(result.peak_bytes, key=lambda one: sum(one.values()))
@@ -214,7 +214,7 @@ def headline(plan: Plan, data: str, world: World) -> list[str]:
     """What is about to be trained, in two lines."""
     config, m = plan.config, plan.config.model
     return [
-        f"{m.shape}, {m.layers} layers x {m.hidden} wide, on {data}",
-        f"{world.size} ranks as {plan.mesh} ({config.placement.name}, {config.schedule.kind}, "
-        f"{plan.microbatches} microbatches), {world.threads} threads each, {world.device.type}",
+        f"{m.shape}, {plural(m.layers, 'layer')} x {m.hidden} wide, on {data}",
+        f"{plural(world.size, 'rank')} as {plan.mesh} ({config.placement.name}, {config.schedule.kind}, "
+        f"microbatches: {plan.microbatches}), {plural(world.threads, 'thread')} each, {world.device.type}",
     ]

@@ -143,3 +143,13 @@ def test_ranks_with_different_words_are_told_apart(world: World, tmp_path: Path)
     with pytest.raises(SetupError, match=r"disagree on optim.lr: rank 0: 0.001; rank 1: 0.5; start every rank with"):
         train(config, world, out=io.StringIO())
     assert not (tmp_path / "run").exists()
+
+
+def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (tmp_path / "mine.py").write_text(readme.split("```python\n")[1].split("```")[0])
+    done = launch(2, [sys.executable, "mine.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.split()
+    assert said[0] == "loss" and len(said) == 2
+    assert float(said[1]) < 2.0, "a quarter of the variance of the targets"
