@@ -58,7 +58,10 @@ bool py_partials(Address data, int dtype, int64_t n, Address partials, Pool* poo
 
 void py_sqrt(Address data, int dtype, int64_t n, Pool* pool) { sqrt_in_place(at(data), dtype_of(dtype), n, pool); }
 
-double py_sum_in_order(Address data, int64_t n) { return sum_in_order(static_cast<const double*>(at(data)), n); }
+std::pair<double, double> py_wide_sum(Address data, int64_t n) {
+    const Wide sum = wide_sum(static_cast<const double*>(at(data)), n);
+    return {sum.high, sum.low};
+}
 
 void py_reduce_ranks(Address out, const std::vector<Address>& inputs, int dtype, int64_t n, int op, Pool* pool) {
     require(op >= 0 && op <= 2, "reduce_ranks: the operation is not 0 (sum), 1 (max) or 2 (min)");
@@ -86,7 +89,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("adamw", &py_adamw, NoGil());
     m.def("sqrt", &py_sqrt, NoGil());
     m.def("sum_squares_partials", &py_partials, NoGil());
-    m.def("sum_in_order", &py_sum_in_order, NoGil());
+    m.def("wide_sum", &py_wide_sum, NoGil());
     m.def("reduce_ranks", &py_reduce_ranks, NoGil());
 }
 

@@ -147,11 +147,37 @@ bool sum_squares_partials(const void* data, DType dtype, int64_t n, double* part
     }
 }
 
-double sum_in_order(const double* data, int64_t n) {
-    require(n >= 0 && (n == 0 || data), "sum_in_order: a negative size or a null pointer");
-    double total = 0.0;
-    for (int64_t i = 0; i < n; ++i) total = total + data[i];
-    return total;
+// Knuth's two-sum: a + b == high + low exactly.
+static TRILOOM_INLINE Wide two_sum(double a, double b) {
+    const double high = a + b;
+    const double shadow = high - a;
+    return {high, (a - (high - shadow)) + (b - shadow)};
+}
+
+Wide wide_sum(const double* data, int64_t n) {
+    require(n >= 0 && (n == 0 || data), "wide_sum: a negative size or a null pointer");
+    constexpr int64_t kLanes = 8;
+    double high[kLanes] = {}, low[kLanes] = {};
+    const int64_t whole = n - n % kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes)
+        for (int64_t k = 0; k < kLanes; ++k) {
+            const Wide sum = two_sum(high[k], data[i + k]);
+            high[k] = sum.high;
+            low[k] = low[k] + sum.low;
+        }
+    Wide total{0.0, 0.0};
+    const auto add = [&total](double x) {
+        const Wide sum = two_sum(total.high, x);
+        total = {sum.high, total.low + sum.low};
+    };
+    for (int64_t k = 0; k < kLanes; ++k) add(high[k]);
+    for (int64_t i = whole; i < n; ++i) add(data[i]);
+    for (int64_t k = 0; k < kLanes; ++k) add(low[k]);
+    const Wide sum = two_sum(total.high, total.low);
+    if (std::isfinite(sum.high)) return sum;
+    double plain = 0.0;  // the two-sum of an infinity is NaN
+    for (int64_t i = 0; i < n; ++i) plain = plain + data[i];
+    return {plain, 0.0};
 }
 
 void reduce_ranks(void* out, const std::vector<const void*>& inputs, DType dtype, int64_t n, ReduceOp op, Pool* pool) {

@@ -20,6 +20,7 @@ from .groups.mesh_groups import mesh_groups
 from .groups.objects import agree, gather_objects
 from .groups.solo import Solo
 from .mesh import Mesh, make_mesh
+from .native import Pool
 from .optim import AdamW, Optimizer
 from .parallel import build
 from .parallel.build import UnitLike
@@ -152,6 +153,7 @@ class Engine:
             placement=self.placement,
             optimizer=self.optimizer,
             device=self.scope.device,
+            pool=Pool(torch.get_num_threads()) if torch.get_num_threads() > 1 else None,
         )
         self._units = {
             u: UnitRun(
@@ -174,7 +176,6 @@ class Engine:
             weigh=None if loss is None else loss.weight,
             counts=loss is not None and tp.rank == 0,
             clip=clip,
-            tp_rank=tp.rank,
         )
 
     def _make_executor(self, record: Recorder | None) -> Executor:

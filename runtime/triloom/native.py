@@ -33,10 +33,11 @@ __all__ = [
     "adamw_reference",
     "reduce_ranks",
     "sqrt",
-    "sum_partials",
     "sum_squares",
     "sum_squares_finite",
     "sum_squares_partials",
+    "sum_squares_wide",
+    "wide_sum",
     "written",
 ]
 
@@ -262,21 +263,30 @@ def _partials_reference(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return terms.reshape(blocks), bool(torch.isfinite(tensor).all())
 
 
-def sum_partials(partials: torch.Tensor) -> float:
-    """Sum of an fp64 tensor in order, ``((p0 + p1) + p2) + ...``; the tensor is brought to the host."""
-    _check("partials", partials, (torch.float64,))
-    host = partials.detach().cpu()
-    return _C.sum_in_order(host.data_ptr(), host.numel())
+def wide_sum(values: torch.Tensor) -> tuple[float, float]:
+    """Sum of an fp64 tensor as (high, low), ``high`` being the sum rounded to double.
+
+    Carried in about twice the precision of a double, so that order and grouping do not matter:
+    ``math.fsum`` over the pairs of the parts is the sum of the whole. The tensor is brought to the host.
+    """
+    _check("values", values, (torch.float64,))
+    host = values.detach().cpu()
+    return _C.wide_sum(host.data_ptr(), host.numel())
+
+
+def sum_squares_wide(tensor: torch.Tensor, *, pool: Pool | None = None) -> tuple[float, float]:
+    """Sum of squares as (high, low), see :func:`wide_sum`: the same in whatever parts, cut at multiples of
+    SUM_BLOCK, it is computed, on any device and with any number of threads."""
+    return wide_sum(sum_squares_partials(tensor, pool=pool)[0])
 
 
 def sum_squares_finite(tensor: torch.Tensor, *, pool: Pool | None = None) -> tuple[float, bool]:
     """Sum of squares in fp64 and whether every element is finite, in one pass.
 
-    The sum does not depend on threads, alignment, instruction set or device. With a non-finite
-    element it is inf or NaN; an fp64 sum may also overflow with all elements finite.
+    With a non-finite element the sum is inf or NaN; an fp64 sum may also overflow with all elements finite.
     """
     partials, finite = sum_squares_partials(tensor, pool=pool)
-    return sum_partials(partials), finite
+    return wide_sum(partials)[0], finite
 
 
 def sum_squares(tensor: torch.Tensor, *, pool: Pool | None = None) -> float:

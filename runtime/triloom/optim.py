@@ -53,6 +53,8 @@ class Hyper:
     decay: bool
     grad_scale: float
     """Factor on the gradient: clipping and unscaling in one."""
+    pool: native.Pool | None = None
+    """Threads for the update of a piece on the host; None for the calling thread alone."""
 
 
 class Optimizer(Protocol):
@@ -128,4 +130,5 @@ class AdamW:
             step=hyper.step,
             grad_scale=hyper.grad_scale,
             low=low,
+            pool=hyper.pool,
         )

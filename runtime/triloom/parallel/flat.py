@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ALIGN = 64
-"""Elements. A shard starts on a cache line and a vector in every dtype."""
+"""Elements. A shard starts on a cache line and a vector in every dtype, and between the blocks of
+``native.sum_squares`` (SUM_BLOCK divides ALIGN)."""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ import torch
 
 from ..actions import Action
 from ..groups.base import Group, Work
+from ..native import Pool
 from ..optim import Hyper, Optimizer
 from ..placement import Placement
 from ..shards import ShardSpec
 from . import ties as tied
 from .executor import Handler, StepState
-from .flat import Bucket, Entry, Piece, Slot, layout, pieces
+from .flat import Bucket, Entry, Slot, layout, pieces
 from .ties import Tie
 from .weight_grads import Accumulator
 
@@ -68,7 +69,8 @@ class ShardedState:
     """The state of all units on one rank.
 
     params: every use of every trainable parameter, in unit order. dp, tp: groups; tie_groups: by tie
-    index, the group over the coordinates that hold the tie (absent when it is one coordinate).
+    index, the group over the coordinates that hold the tie (absent when it is one coordinate). pool:
+    threads for element-wise work on the host.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class ShardedState:
         placement: Placement,
         optimizer: Optimizer,
         device: torch.device,
+        pool: Pool | None = None,
     ) -> None:
         self._dp, self._tp, self._coord = dp, tp, coord
         self._tie_groups = tie_groups
         self._placement = placement
         self._optimizer = optimizer
         self._device = device
+        self.pool = pool
         self.uses: dict[tuple[int, int], Accumulator] = {}
         """(unit, id(parameter)) -> its accumulator."""
         self.params: dict[str, LocalParam] = {}
@@ -249,7 +253,7 @@ class ShardedState:
                 state.master[part],
                 grads[part],
                 {name: t[part] for name, t in state.states.items()},
-                Hyper(lr=step.lr, step=step.step + 1, decay=decay, grad_scale=step.grad_scale),
+                Hyper(lr=step.lr, step=step.step + 1, decay=decay, grad_scale=step.grad_scale, pool=self.pool),
                 None if low is None else low[part],
             )
 
@@ -260,8 +264,8 @@ class ShardedState:
 
     # -- views for others ------------------------------------------------------------------------
 
-    def owned_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
-        """Gradient pieces this rank contributes to the global norm: its dp shard of every parameter
+    def owned_gradients(self) -> list[torch.Tensor]:
+        """The gradients this rank contributes to the global norm, flat: its dp shard of every parameter
         it is the first holder of (over tp for replicated, over pp for tied parameters)."""
         out = []
         for state in self.buckets:
@@ -270,7 +274,7 @@ class ShardedState:
                 replicated = p.spec.dim is None
                 elsewhere = p.tie is not None and p.tie.coords[0] != self._coord
                 if not elsewhere and not (replicated and self._tp.rank > 0):
-                    out.append((piece, state.grads[piece.start : piece.stop]))
+                    out.append(state.grads[piece.start : piece.stop])
         return out
 
     def whole(self, kind: str) -> dict[str, torch.Tensor]:
