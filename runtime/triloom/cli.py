@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_train(words: Sequence[str]) -> int:
     """``triloom train``."""
     if "--help" in words or "-h" in words:
-        print(TRAIN_USAGE + help_fields())
-        return OK
+        return _print_once(TRAIN_USAGE + help_fields())
     options, loaded, error = _read(words)
     if options.ranks is not None:
         return _dry_run(loaded, error, options.ranks)
@@ -141,6 +140,11 @@ def _dry_run(loaded: Loaded, error: ConfigError | None, ranks: int) -> int:
 
 def run_demo(words: Sequence[str]) -> int:
     """``triloom demo``."""
+    with boot.init() as world:
+        if world.size > 1:
+            if world.rank == 0:
+                _refuse("triloom demo starts its own ranks; run it without mpirun")
+            return REFUSED
     folder: str | None = None
     rest = list(words)
     while rest:
@@ -152,6 +156,17 @@ def run_demo(words: Sequence[str]) -> int:
             raise ConfigError(f"triloom demo knows only --dir FOLDER, got {name!r}")
         folder = value if equals else rest.pop(0)
     return OK if demo(folder) else FAILED
+
+
+def _print_once(text: str) -> int:
+    """Print on rank 0, or without asking where no world can be made: a text for people needs none."""
+    try:
+        with boot.init() as world:
+            shown = text if world.rank == 0 else ""
+    except ConfigError:
+        shown = text
+    print(shown, end="\n" if shown else "")
+    return OK
 
 
 def _raise(error: TriloomError | None) -> None:

@@ -166,7 +166,8 @@ class RunConfig(Section):
     """What a run leaves behind."""
 
     dir: str | None = None
-    """Folder for config.toml, metrics.jsonl and the plot; none: a new runs/<date>-<time>."""
+    """Folder for config.toml, metrics.jsonl (one object a step; bytes are those of rank 0) and the plot;
+    none: a new runs/<date>-<time>."""
     overwrite: bool = False
     """Replace the files of an earlier run in run.dir, instead of refusing a folder that is not empty."""
     plot: bool = True
