@@ -23,40 +23,37 @@ def shard_softmax(logits: Tensor, out: Tensor, *, guard: bool) -> tuple[Tensor, 
 
     logits: ``[n, v]``, v may be 0; out: ``[n, v]``, may be logits itself; guard: rows that are -inf throughout
     become zeros (a shard of a larger vocabulary) rather than nan (the whole of it).
-    Returns ``(largest, log_sum)``, each ``[n]``: m_k and log Z_k, (-inf, 0) for an empty or guarded row.
+    Returns ``(largest, log_top)``, each ``[n]``: m_k and -log Z_k, the log of the largest probability;
+    (-inf, 0) for an empty or guarded row.
     """
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:1], -torch.inf), logits.new_zeros(logits.shape[:1])
     largest = logits.amax(-1)
     torch.softmax(logits, -1, out=out)
     if guard:
-        out.masked_fill_((largest == -torch.inf).unsqueeze(1), 0)
-    log_sum = out.amax(-1).log_().neg_()
-    if guard:
-        log_sum.masked_fill_(largest == -torch.inf, 0)
-    return largest, log_sum
+        nothing = largest == -torch.inf
+        out.masked_fill_(nothing.unsqueeze(1), 0)
+        return largest, out.amax(-1).log_().masked_fill_(nothing, 0)
+    return largest, out.amax(-1).log_()
 
 
-def target_logits(logits: Tensor, index: Tensor, held: Tensor) -> Tensor:
-    """Logit of each row's target, 0 where the shard does not hold it. index: ``[n]``, valid wherever held."""
+def target_logits(logits: Tensor, index: Tensor) -> Tensor:
+    """Logit of each row at ``index`` ``[n, 1]``; zeros of an empty shard. Returns ``[n]``."""
     if logits.shape[-1] == 0:
         return logits.new_zeros(logits.shape[:1])
-    return logits.gather(-1, index.unsqueeze(1)).squeeze(1).masked_fill_(~held, 0)
+    return logits.gather(1, index).squeeze(1)
 
 
-def combine_shards(largest: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """m and log Z of each row from those of the shards. largest, log_sum: ``[shards, n]``; returns two ``[n]``."""
+def combine_shards(largest: Tensor, log_top: Tensor) -> tuple[Tensor, Tensor]:
+    """m and -log Z of each row from those of the shards. largest, log_top: ``[shards, n]``; returns two ``[n]``."""
     m = largest.amax(0)
-    return m, (largest - m).add_(log_sum).exp_().sum(0).log_()
+    return m, (largest - m).sub_(log_top).exp_().sum(0).log_().neg_()
 
 
-def shard_gradient_(softmax: Tensor, scale: Tensor, target: Tensor, index: Tensor) -> Tensor:
+def shard_gradient_(softmax: Tensor, scale: Tensor, index: Tensor, taken: Tensor) -> Tensor:
     """Gradient of the logits, in place of the shard's softmax.
 
-    softmax: ``[n, v]``; scale: ``[n]``, the factor of a row; target: ``[n]``, what to take off at ``index``.
+    softmax: ``[n, v]``; scale: ``[n]``, the factor of a row; taken: ``[n]``, what to take off at ``index`` ``[n, 1]``.
     """
     softmax.mul_(scale.unsqueeze(1))
-    if softmax.shape[-1]:
-        rows = torch.arange(0, softmax.numel(), softmax.shape[-1], device=softmax.device)
-        softmax.view(-1).index_add_(0, rows.add_(index), target, alpha=-1)
-    return softmax
+    return softmax.scatter_add_(1, index, taken.neg().unsqueeze(1)) if softmax.shape[-1] else softmax

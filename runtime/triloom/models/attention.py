@@ -64,7 +64,7 @@ class Attention(nn.Module):
             raise ConfigError(f"a sequence of {length} tokens is longer than the model's max_seq={self.max_seq}")
         if self.tables is None:
             heads = qkv.view(*qkv.shape[:2], self.heads + 2 * self.kv_heads, -1)
-            return torch.split(heads, (self.heads, self.kv_heads, self.kv_heads), dim=2)
+            return torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], dim=2)
         cos, sin = (self.layout.over_batch(t[:length].unsqueeze(1)) for t in self.tables)
         return split_rotate(qkv, cos, sin, self.heads, self.kv_heads)
 

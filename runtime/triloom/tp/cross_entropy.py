@@ -60,21 +60,21 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, group: Group, held: tuple[int, int], ignore: int, in_place: bool
     ) -> Tensor:
-        flat, index = logits.detach().reshape(targets.numel(), logits.shape[-1]), targets.reshape(-1)
-        valid = index != ignore
-        mine = valid & (index >= held[0]) & (index < held[1]) if group.size > 1 else valid
-        index = (index - held[0]).masked_fill_(~mine, 0)
-        work = flat.float() if flat.element_size() < 4 else flat
-        target = target_logits(work, index, mine)
-        softmax = work if in_place or work is not flat else torch.empty_like(work)
-        largest, log_sum = shard_softmax(work, softmax, guard=group.size > 1)
+        given = logits.detach().reshape(targets.numel(), logits.shape[-1])
+        wide = given.float() if given.element_size() < 4 else given
+        index = targets.reshape(-1)
+        ignored = index == ignore
+        foreign = ignored if group.size == 1 else ignored | (index < held[0]) | (index >= held[1])
+        index = (index - held[0]).masked_fill_(foreign, 0).unsqueeze(1)
+        target = target_logits(wide, index)
+        softmax = torch.empty_like(wide) if wide.data_ptr() == logits.data_ptr() and not in_place else wide
+        largest, log_top = shard_softmax(wide, softmax, guard=group.size > 1)
         share = None
         if group.size > 1:
-            largest, log_sum, target, share = _combine(largest, log_sum, target, group)
-        ctx.save_for_backward(softmax, index, valid, mine, share)
-        ctx.used = False
-        ctx.shape, ctx.dtype = logits.shape, logits.dtype
-        return (largest - target).add_(log_sum).masked_fill_(~valid, 0).sum()
+            largest, log_top, target, share = _combine(largest, log_top, target.masked_fill_(foreign, 0), group)
+        ctx.save_for_backward(softmax, index, ignored, foreign, share)
+        ctx.used, ctx.like = False, (logits.shape, logits.dtype)
+        return largest.sub_(target).sub_(log_top).masked_fill_(ignored, 0).sum()
 
     @staticmethod
     @once_differentiable
@@ -85,18 +85,19 @@ class _CrossEntropy(torch.autograd.Function):
                 "run the forward again instead of a second backward"
             )
         ctx.used = True
-        softmax, index, valid, mine, share = ctx.saved_tensors
-        factor = grad * valid
-        scale = factor if share is None else factor * share
-        dlogits = shard_gradient_(softmax, scale, grad * mine, index)
-        return dlogits.view(ctx.shape).to(ctx.dtype), None, None, None, None, None
+        softmax, index, ignored, foreign, share = ctx.saved_tensors
+        scale = grad.expand(ignored.shape).masked_fill(ignored, 0)
+        taken = scale if share is None else scale.masked_fill(foreign, 0)
+        dlogits = shard_gradient_(softmax, scale if share is None else scale * share, index, taken)
+        shape, dtype = ctx.like
+        return dlogits.view(shape).to(dtype), None, None, None, None, None
 
 
-def _combine(largest: Tensor, log_sum: Tensor, target: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """m, log Z and target's logit of each row over all shards, and this shard's share of the row's sum."""
-    mine = torch.stack((largest, log_sum, target))
+def _combine(largest: Tensor, log_top: Tensor, target: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """m, -log Z and target's logit of each row over all shards, and this shard's share of the row's sum."""
+    mine = torch.stack((largest, log_top, target))
     shards = mine.new_empty(group.size, *mine.shape)
     group.all_gather(shards, mine).wait()
-    m, log_z = combine_shards(shards[:, 0], shards[:, 1])
-    share = (largest - m).add_(log_sum).sub_(log_z).exp_()
-    return m, log_z, shards[:, 2].sum(0), share
+    m, minus_log_z = combine_shards(shards[:, 0], shards[:, 1])
+    share = (largest - m).sub_(log_top).add_(minus_log_z).exp_()
+    return m, minus_log_z, shards[:, 2].sum(0), share

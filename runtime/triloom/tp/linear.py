@@ -12,14 +12,13 @@ forward. What communication there is runs while the closure does.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TriloomError
 from ..groups.base import Group, Work
 from ..mesh import check_divides
 from ..scope import GradWriter, Scope, WeightGrads
@@ -27,7 +26,14 @@ from ..shards import ShardSpec
 from .comm import start_gather, start_reduce_scatter
 from .weights import Init, even_slices, hand_over, parameter, product_writer, row_sum_writer, runs_at_once
 
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, None, None]
+
+
+class Wires(NamedTuple):
+    """What a layer's autograd function needs besides its tensors; fixed when the layer is built."""
+
+    group: Group
+    sequence: bool
 
 
 def linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, sink: WeightGrads | None) -> Tensor:
@@ -35,71 +41,59 @@ def linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, sink: Wei
 
     x: ``[..., in]``; weight: ``[out, in]``; bias: ``[out]``; returns ``[..., out]``.
     """
-    out: Tensor = _Linear.apply(x, weight, bias, sink, None, False)  # type: ignore[no-untyped-call]
-    return out
-
-
-def column_linear(
-    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, sink: WeightGrads | None, group: Group, sequence: bool
-) -> Tensor:
-    """x replicated ``[..., in]``, with ``sequence`` this rank's ``[s / tp, ..., in]``; returns ``[..., out / tp]``."""
-    fn = _Linear if group.size == 1 else _ColumnLinear
-    out: Tensor = fn.apply(x, weight, bias, sink, group, sequence)  # type: ignore[no-untyped-call]
-    return out
-
-
-def row_linear(
-    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, sink: WeightGrads | None, group: Group, sequence: bool
-) -> Tensor:
-    """x ``[..., in / tp]``; returns ``[..., out]`` replicated, with ``sequence`` this rank's ``[s / tp, ..., out]``."""
-    fn = _Linear if group.size == 1 else _RowLinear
-    out: Tensor = fn.apply(x, weight, bias, sink, group, sequence)  # type: ignore[no-untyped-call]
+    out: Tensor = _Linear.apply(x, weight, bias, sink, None)  # type: ignore[no-untyped-call]
     return out
 
 
 def _rows(x: Tensor) -> Tensor:
     """``[..., n]`` as a matrix; a view of a contiguous tensor."""
-    return x.reshape(-1, x.shape[-1])
+    return x.view(-1, x.shape[-1])
 
 
-def _input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    return torch.matmul(grad, weight)
+def _save(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: WeightGrads | None, wires: Any) -> Tensor:
+    """Keep what the backward needs; returns x, contiguous. The parameters themselves name the gradient to the sink."""
+    if not x.is_contiguous():
+        x = x.contiguous()
+    ctx.save_for_backward(x if weight.requires_grad else None, weight)
+    ctx.weight, ctx.bias, ctx.sink, ctx.wires = weight, bias, sink, wires
+    return x
 
 
-def _save(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: Any, group: Any, sequence: bool) -> None:
-    """Keep what the backward needs. The parameters themselves name the gradient to the sink."""
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-    ctx.params = weight, bias
-    ctx.sink, ctx.group, ctx.sequence = sink, group, sequence
+def _load(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """``(x, weight, grad)``, contiguous. Closures hide weight gradients from a graph of the backward.
+
+    x is detached: a deferred closure must neither hold the graph nor care about the grad mode it runs in.
+    """
+    if torch.is_grad_enabled():
+        raise TriloomError("tensor-parallel layers cannot be differentiated twice (create_graph=True)")
+    x, weight = ctx.saved_tensors
+    return None if x is None else x.detach(), weight, grad if grad.is_contiguous() else grad.contiguous()
 
 
-def _hand_over(
-    ctx: Any, grad: Tensor, write: GradWriter | None, bias_grad: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _hand_over(ctx: Any, write: GradWriter | None, bias_grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of weight and bias that autograd gets: None for those the sink takes."""
-    weight, bias = ctx.params
-    dweight = hand_over(ctx.sink, weight, write) if write is not None else None
-    dbias = hand_over(ctx.sink, bias, row_sum_writer(_rows(bias_grad))) if ctx.needs_input_grad[2] else None
+    dweight = dbias = None
+    if write is not None:
+        dweight = hand_over(ctx.sink, ctx.weight, write)
+    if ctx.bias is not None and ctx.bias.requires_grad:
+        dbias = hand_over(ctx.sink, ctx.bias, row_sum_writer(_rows(bias_grad)))
     return dweight, dbias
 
 
 class _Linear(torch.autograd.Function):
+    """One rank."""
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: WeightGrads | None, group: Any, sequence: bool
-    ) -> Tensor:
-        x = x.contiguous()
-        _save(ctx, x, weight, bias, sink, group, sequence)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: Any, wires: Any) -> Tensor:
+        x = _save(ctx, x, weight, bias, sink, wires)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Grads:
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        dx = _input_grad(grad, weight) if ctx.needs_input_grad[0] else None
-        write = product_writer(_rows(grad), _rows(x)) if ctx.needs_input_grad[1] else None
-        return dx, *_hand_over(ctx, grad, write, grad), None, None, None
+        x, weight, grad = _load(ctx, grad)
+        dx = torch.matmul(grad, weight) if ctx.needs_input_grad[0] else None
+        write = None if x is None else product_writer(_rows(grad), _rows(x))
+        return dx, *_hand_over(ctx, write, grad), None, None
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -110,27 +104,25 @@ class _ColumnLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: WeightGrads | None, group: Group, sequence: bool
-    ) -> Tensor:
-        x = x.contiguous()
-        _save(ctx, x, weight, bias, sink, group, sequence)
-        return F.linear(_gathered(start_gather(x, group)) if sequence else x, weight, bias)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: Any, wires: Wires) -> Tensor:
+        x = _save(ctx, x, weight, bias, sink, wires)
+        return F.linear(_gathered(start_gather(x, wires.group)) if wires.sequence else x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Grads:
-        x, weight = ctx.saved_tensors
-        group, grad = ctx.group, grad.contiguous()
+        x, weight, grad = _load(ctx, grad)
+        group, sequence = ctx.wires
         write = None
-        if ctx.needs_input_grad[1]:
-            early = start_gather(x, group) if ctx.sequence and runs_at_once(ctx.sink) else None
-            write = _gathering_writer(grad, x, group, early) if ctx.sequence else product_writer(_rows(grad), _rows(x))
-        dx, work = _reduced(_input_grad(grad, weight), group, ctx.sequence) if ctx.needs_input_grad[0] else (None, None)
-        weight_grads = _hand_over(ctx, grad, write, grad)
+        if x is not None:
+            early = start_gather(x, group) if sequence and runs_at_once(ctx.sink) else None
+            write = _gathering_writer(grad, x, group, early) if sequence else product_writer(_rows(grad), _rows(x))
+        dx, work = None, None
+        if ctx.needs_input_grad[0]:
+            dx, work = _reduced(torch.matmul(grad, weight), group, sequence)
+        weight_grads = _hand_over(ctx, write, grad)
         if work is not None:
             work.wait()
-        return dx, *weight_grads, None, None, None
+        return dx, *weight_grads, None, None
 
 
 def _gathered(started: tuple[Tensor, Work]) -> Tensor:
@@ -161,24 +153,19 @@ class _RowLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: WeightGrads | None, group: Group, sequence: bool
-    ) -> Tensor:
-        x = x.contiguous()
-        _save(ctx, x, weight, bias, sink, group, sequence)
-        out, work = _reduced(F.linear(x, weight), group, sequence)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: Any, wires: Wires) -> Tensor:
+        x = _save(ctx, x, weight, bias, sink, wires)
+        out, work = _reduced(F.linear(x, weight), wires.group, wires.sequence)
         work.wait()
         return out if bias is None else out.add_(bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Grads:
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        full = _gathered(start_gather(grad, ctx.group)) if ctx.sequence else grad
-        dx = _input_grad(full, weight) if ctx.needs_input_grad[0] else None
-        write = product_writer(_rows(full), _rows(x)) if ctx.needs_input_grad[1] else None
-        return dx, *_hand_over(ctx, full, write, grad), None, None, None
+        x, weight, grad = _load(ctx, grad)
+        full = _gathered(start_gather(grad, ctx.wires.group)) if ctx.wires.sequence else grad
+        dx = torch.matmul(full, weight) if ctx.needs_input_grad[0] else None
+        write = None if x is None else product_writer(_rows(full), _rows(x))
+        return dx, *_hand_over(ctx, write, grad), None, None
 
 
 class _ParallelLinear(nn.Module):
@@ -186,12 +173,16 @@ class _ParallelLinear(nn.Module):
     bias: nn.Parameter | None
     shards: dict[str, ShardSpec]
 
-    def __init__(self, in_features: int, out_features: int, scope: Scope) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, scope: Scope, parallel: type[torch.autograd.Function]
+    ) -> None:
         super().__init__()
         if in_features < 1 or out_features < 1:
             raise ConfigError(f"a linear layer needs positive sizes, got in={in_features}, out={out_features}")
         self.in_features, self.out_features, self.scope = in_features, out_features, scope
         self.sequence = scope.sequence_parallel and scope.tp.size > 1
+        self._wires = Wires(scope.tp, self.sequence)
+        self._function = _Linear.apply if scope.tp.size == 1 else parallel.apply
 
     def _fill(self, name: str, weight: ShardSpec, bias: ShardSpec | None, init: Init) -> None:
         self.shards = {"weight": weight} | ({"bias": bias} if bias else {})
@@ -224,7 +215,7 @@ class ColumnParallelLinear(_ParallelLinear):
         uneven: bool = False,
         std: float = 0.02,
     ) -> None:
-        super().__init__(in_features, out_features, scope)
+        super().__init__(in_features, out_features, scope, _ColumnLinear)
         parts = parts or (out_features,)
         if sum(parts) != out_features:
             raise ConfigError(f"{name}: parts {parts} sum to {sum(parts)}, not to out_features={out_features}")
@@ -236,7 +227,8 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: ``[..., in]``, with sequence parallelism ``[s / tp, ..., in]``; returns ``[..., local out]``, s whole."""
-        return column_linear(x, self.weight, self.bias, self.scope.grads, self.scope.tp, self.sequence)
+        out: Tensor = self._function(x, self.weight, self.bias, self.scope.grads, self._wires)  # type: ignore[no-untyped-call]
+        return out
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -248,7 +240,7 @@ class RowParallelLinear(_ParallelLinear):
     def __init__(
         self, in_features: int, out_features: int, *, scope: Scope, name: str, bias: bool = True, std: float = 0.02
     ) -> None:
-        super().__init__(in_features, out_features, scope)
+        super().__init__(in_features, out_features, scope, _RowLinear)
         check_divides(f"inputs of {name}", in_features, "tp", scope.tp.size)
         slices = even_slices((in_features,), scope.tp.rank, scope.tp.size)
         spec = ShardSpec((out_features, in_features), 1, slices)
@@ -257,4 +249,5 @@ class RowParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: ``[..., local in]``; returns ``[..., out]``, with sequence parallelism ``[s / tp, ..., out]``."""
-        return row_linear(x, self.weight, self.bias, self.scope.grads, self.scope.tp, self.sequence)
+        out: Tensor = self._function(x, self.weight, self.bias, self.scope.grads, self._wires)  # type: ignore[no-untyped-call]
+        return out

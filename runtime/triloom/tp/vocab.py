@@ -28,16 +28,22 @@ def check_ids(ids: Tensor, vocab: int, what: str, group: Group, ignore: int | No
 
     A shard cannot tell an id that another shard holds from nonsense, so it is asked before.
     """
-    good = (ids >= 0) & (ids < vocab)
-    if ignore is not None:
-        good |= ids == ignore
-    fine = good.all()
     if ids.is_cuda:
-        torch._assert_async(fine, f"{what} outside [0, {vocab})")
-    elif not fine:
-        value = int(ids[~good][0])
-        allowed = "" if ignore is None else f" or {ignore} (ignored)"
-        raise ConfigError(
-            f"{what} {value} on rank {group.rank} of {group.name!r} is outside the vocabulary: "
-            f"allowed are 0..{vocab - 1}{allowed}"
-        )
+        torch._assert_async(_good(ids, vocab, ignore).all(), f"{what} outside [0, {vocab})")
+        return
+    if ids.numel() == 0:
+        return
+    low, high = torch.aminmax(ids)
+    if high < vocab and (low >= 0 or (ignore is not None and bool(_good(ids, vocab, ignore).all()))):
+        return
+    value = int(ids[~_good(ids, vocab, ignore)][0])
+    allowed = "" if ignore is None else f" or {ignore} (ignored)"
+    raise ConfigError(
+        f"{what} {value} on rank {group.rank} of {group.name!r} is outside the vocabulary: "
+        f"allowed are 0..{vocab - 1}{allowed}"
+    )
+
+
+def _good(ids: Tensor, vocab: int, ignore: int | None) -> Tensor:
+    good = (ids >= 0) & (ids < vocab)
+    return good if ignore is None else good | (ids == ignore)
