@@ -99,6 +99,7 @@ class MPIGroup(CheckedGroup):
         self._seq = seq + 1
         header = pack(call, seq, self._id)
         out, inp = self._flat(work, call, output, input, call.op in ("all_reduce", "broadcast"))
+        work.long = inp is not None and inp.numel() * inp.element_size() > self._wire.inline_bytes
         work.steps = self._collective(work, header, out, inp)
         self._shared.progress.start(work)
         if call.refused:
@@ -112,6 +113,7 @@ class MPIGroup(CheckedGroup):
         self._transfers[peer, sending] = seq + 1
         header = pack(call, seq, self._id)
         out, inp = self._flat(work, call, None if sending else tensor, tensor if sending else None, False)
+        work.long = tensor.numel() * tensor.element_size() > INLINE_BYTES
         if sending:
             work.steps = self._send_steps(work, header, inp, peer)
         else:

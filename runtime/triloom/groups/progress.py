@@ -15,9 +15,10 @@ from collections.abc import Callable, Generator
 from typing import Protocol, TypeAlias
 
 _POLL_SECONDS = 0.2e-3
-_POLL_LONGEST = 2e-3
-_PARK_AFTER = 25
-"""Polls without anything to do before the thread sleeps until it is called."""
+_POLL_LONGEST = 4e-3
+"""The thread naps ever longer while it is not needed; a long job calls it at once."""
+_PARK_AFTER = 10
+"""Naps without any job before the thread sleeps until it is called."""
 
 
 class Request(Protocol):
@@ -31,14 +32,19 @@ Steps: TypeAlias = Generator[Pending | Callable[[], None], None, None]
 
 
 class Job:
-    """An operation under way. ``over``: its result (or ``error``) is there; steps may still tidy up."""
+    """An operation under way. ``over``: its result (or ``error``) is there; steps may still tidy up.
 
-    __slots__ = ("__weakref__", "busy", "error", "over", "pending", "steps")
+    ``long``: several exchanges, so the thread should drive it soon. One of a single exchange has
+    little to gain from that, and calling a thread costs as much as the exchange.
+    """
+
+    __slots__ = ("__weakref__", "busy", "error", "long", "over", "pending", "steps")
 
     def __init__(self) -> None:
         self.steps: Steps | None = None
         self.pending: Pending = []
         self.busy = False
+        self.long = False
         self.over = False
         self.error: BaseException | None = None
 
@@ -67,8 +73,7 @@ class Progress:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name="triloom-progress", daemon=True)
                     self._thread.start()
-                elif self._parked:
-                    self._parked = False
+                elif self._parked or job.long:
                     self._called.notify()
 
     def poll(self, first: Job) -> None:
@@ -105,6 +110,8 @@ class Progress:
         finally:
             with self.lock:
                 self._waiters -= 1
+                if self._jobs and not self._waiters:
+                    self._called.notify()
 
     def outstanding(self, jobs: Callable[[Job], bool]) -> list[Job]:
         """With the lock held: the jobs that satisfy a condition and have steps left."""
@@ -166,25 +173,15 @@ class Progress:
             self._jobs.remove(job)
 
     def _run(self) -> None:
-        """The thread: polls while jobs are under way and nobody waits, ever less often while it is not needed."""
-        idle = 0
-        while not self._stopping:
-            time.sleep(min(_POLL_SECONDS * (1 << min(idle, 8)), _POLL_LONGEST))
-            if self._jobs and not self._waiters:
-                idle = 0
-                with self.lock:
-                    self._round(None)
-            elif self._jobs:
-                idle = min(idle + 1, 8)
-            else:
-                idle += 1
-                if idle > _PARK_AFTER:
-                    self._park()
-                    idle = 0
-
-    def _park(self) -> None:
+        """The thread: a round over the jobs after each nap, unless somebody waits and so drives them."""
+        nap, unneeded = _POLL_SECONDS, 0
         with self.lock:
-            if not self._jobs and not self._stopping:
-                self._parked = True
-                while self._parked and not self._stopping:
-                    self._called.wait()
+            while not self._stopping:
+                self._parked = unneeded > _PARK_AFTER and not self._jobs
+                called = self._called.wait(None if self._parked else nap)  # lets the lock go
+                unneeded = 0 if called or self._jobs else unneeded + 1
+                if self._jobs and not self._waiters:
+                    self._round(None)
+                    nap = _POLL_SECONDS
+                else:
+                    nap = _POLL_SECONDS if called else min(2 * nap, _POLL_LONGEST)
