@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
 from triloom.engine import Engine
 from triloom.groups.base import Group
 from triloom.mesh import Mesh, make_mesh

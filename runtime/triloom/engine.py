@@ -40,7 +40,6 @@ from .shards import ShardSpec, split_even
 from .together import together
 from .verify import Verdict, inside, state_footprint, verify
 
-
 LANES = {"independent": "independent", "fifo": "per_rank"}
 """Lanes of the proof by lanes of the pipeline group: all transfers of a rank share that one group."""
 

@@ -99,7 +99,7 @@ class AdamW:
         if not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"betas must lie in [0, 1), got {self.betas}")
         if self.eps <= 0 or self.weight_decay < 0:
-            raise ConfigError(f"eps must be positive and weight_decay not negative, got {self.eps}, {self.weight_decay}")
+            raise ConfigError(f"eps must be above 0 and weight_decay at least 0, got {self.eps}, {self.weight_decay}")
         if not callable(self.lr) and not self.lr >= 0:
             raise ConfigError(f"lr must not be negative, got {self.lr}")
 

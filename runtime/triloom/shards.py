@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 def split_even(total: int, parts: int) -> tuple[tuple[int, int], ...]:
@@ -11,7 +12,7 @@ def split_even(total: int, parts: int) -> tuple[tuple[int, int], ...]:
     bounds = [0]
     for i in range(parts):
         bounds.append(bounds[-1] + base + (i < extra))
-    return tuple(zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(pairwise(bounds))
 
 
 @dataclass(frozen=True)

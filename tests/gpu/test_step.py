@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from triloom.engine import Engine
 from triloom.models import decoder, gpt2, llama
 from triloom.models.config import DecoderConfig
@@ -42,7 +43,7 @@ def train(config: DecoderConfig, device: str, dtype: torch.dtype) -> tuple[list[
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_twenty_steps_equal_fp64(config: DecoderConfig) -> None:
-    """fp32 on the GPU (torch's default, no TF32) to 1e-3 of fp64 in the loss: 20 Adam steps at a high rate amplify rounding."""
+    """fp32 on the GPU (torch's default, no TF32) to 1e-3 of fp64: 20 Adam steps at a high rate amplify rounding."""
     losses, _ = train(config, "cuda", torch.float32)
     exact, _ = train(config, "cpu", torch.float64)
     assert losses == pytest.approx(exact, rel=1e-3)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from triloom.engine import Engine, Metrics
 from triloom.groups.base import Group
 from triloom.groups.threads import run_threads
@@ -45,7 +47,8 @@ def units() -> list[nn.Module]:
 
 def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     gen = torch.Generator().manual_seed(100 + step)
-    return torch.randn(BATCH, 5, generator=gen, dtype=torch.float64), torch.randn(BATCH, 3, generator=gen, dtype=torch.float64)
+    x, y = (torch.randn(BATCH, n, generator=gen, dtype=torch.float64) for n in (5, 3))
+    return x, y
 
 
 def plain(made: Sequence[nn.Module], clip: float) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
@@ -69,8 +72,7 @@ def plain(made: Sequence[nn.Module], clip: float) -> tuple[list[float], list[flo
 
 
 def train(group: Group, clip: float = 0.5, **options: object) -> tuple[list[Metrics], dict[str, torch.Tensor]]:
-    mesh_sizes = options.pop("mesh", {})
-    mesh = make_mesh(group.size, **mesh_sizes)  # type: ignore[arg-type]
+    mesh = make_mesh(group.size, **options.pop("mesh", {}))  # type: ignore[arg-type]
     engine = Engine(units(), mean_loss(F.mse_loss), world=group, mesh=mesh, optimizer=RULE, clip=clip, **options)  # type: ignore[arg-type]
     dp = engine.groups.axis("dp")
     out = []
@@ -82,14 +84,16 @@ def train(group: Group, clip: float = 0.5, **options: object) -> tuple[list[Metr
     return out, engine.full_state()
 
 
-@pytest.mark.parametrize("ranks,mesh", [(1, {}), (2, {}), (3, {}), (2, {"pp": 2}), (3, {"pp": 3}), (4, {"pp": 2}), (6, {"pp": 3})])
+@pytest.mark.parametrize(
+    "ranks,mesh", [(1, {}), (2, {}), (3, {}), (2, {"pp": 2}), (3, {"pp": 3}), (4, {"pp": 2}), (6, {"pp": 3})]
+)
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_equals_plain_loop(ranks: int, mesh: dict[str, int], schedule: str, microbatches: int) -> None:
     losses, norms, params = plain(units(), 0.5)
     for placement in (zero0(), zero1().with_(bucket_bytes=200)):
         results = run_threads(
-            ranks, lambda g: train(g, mesh=mesh, schedule=schedule, microbatches=microbatches, placement=placement)
+            ranks, partial(train, mesh=mesh, schedule=schedule, microbatches=microbatches, placement=placement)
         )
         for metrics, state in results:
             assert [m.loss for m in metrics] == pytest.approx(losses, rel=1e-12)
@@ -101,7 +105,7 @@ def test_equals_plain_loop(ranks: int, mesh: dict[str, int], schedule: str, micr
 
 def test_placement_and_schedule_do_not_change_a_bit() -> None:
     runs = [
-        run_threads(4, lambda g: train(g, mesh={"pp": 2}, schedule=s, microbatches=3, placement=p))  # noqa: B023
+        run_threads(4, partial(train, mesh={"pp": 2}, schedule=s, microbatches=3, placement=p))
         for s in ("1f1b", "gpipe")
         for p in (zero0(), zero0().with_(bucket_bytes=100), zero1(), zero1().with_(bucket_bytes=100))
     ]

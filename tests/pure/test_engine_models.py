@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from triloom.actions import Program, compute
 from triloom.engine import Engine
 from triloom.errors import ConfigError, TriloomError
@@ -145,7 +147,7 @@ def test_awkward_models_equal_plain(name: str, ranks: int, pp: int, schedule: st
     losses, params = plain(name, 4)
     for placement in (zero0(), zero1().with_(bucket_bytes=64)):
         for got, state in run_threads(
-            ranks, lambda g: train(g, name, pp=pp, schedule=schedule, microbatches=2, placement=placement)
+            ranks, partial(train, name=name, pp=pp, schedule=schedule, microbatches=2, placement=placement)
         ):
             assert got == pytest.approx(losses, rel=1e-11)
             for key, value in state.items():
@@ -156,7 +158,7 @@ def test_deferred_weight_gradients_are_the_same_bits() -> None:
     for name in MODELS:
         for ranks, pp in ((1, 1), (2, 2), (4, 2)):
             runs = [
-                run_threads(ranks, lambda g: train(g, name, pp=pp, schedule=s, microbatches=3))  # noqa: B023
+                run_threads(ranks, partial(train, name=name, pp=pp, schedule=s, microbatches=3))
                 for s in ("1f1b", "gpipe", split_backward)
             ]
             for run in runs[1:]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import pytest
+
 from parity_cases import MODELS, Case, Outcome, compare, same_bits, train
 from triloom.groups.solo import Solo
 from triloom.groups.threads import run_threads
@@ -87,14 +88,14 @@ def test_fp32_equals_one_rank(case: Case) -> None:
 
 
 @pytest.mark.parametrize("mesh", [(2, 1, 1), (3, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2)])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["llama_gqa_tied", "gpt2"])
 def test_schedule_stage_and_buckets_do_not_change_a_bit(model: str, mesh: tuple[int, int, int]) -> None:
-    first = Case(model, *mesh, sequence=mesh[2] > 1, microbatches=3, dtype="float32")
+    first = Case(model, *mesh, sequence=mesh[2] > 1, microbatches=3, dtype="float32", steps=2)
     others = [
         replace(first, schedule=schedule, placement=placement, bucket_bytes=size)
         for schedule, placement, size in product(("1f1b", "gpipe"), ("zero0", "zero1"), (600, 1 << 20))
     ]
     want = run_threads(first.ranks, lambda group: train(group, first))
     for other in others:
-        for one, two in zip(run_threads(other.ranks, lambda g: train(g, other)), want, strict=True):  # noqa: B023
+        for one, two in zip(run_threads(other.ranks, partial(train, case=other)), want, strict=True):
             same_bits(one, two)

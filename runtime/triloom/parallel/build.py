@@ -74,9 +74,7 @@ def find_ties(
     return tied.resolve([*explicit, *implicit], unit_of, coord_of)
 
 
-def collect(
-    named: Mapping[str, UnitLike], modules: Mapping[int, nn.Module], ties: Sequence[Tie]
-) -> list[LocalParam]:
+def collect(named: Mapping[str, UnitLike], modules: Mapping[int, nn.Module], ties: Sequence[Tie]) -> list[LocalParam]:
     """Every use of every trainable parameter of this rank, in unit order, tied uses made one object."""
     names = list(named)
     by_use = {name: t for t in ties for name in t.names}

@@ -31,7 +31,7 @@ class _Cut(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         return grad
 
 
@@ -79,7 +79,7 @@ def forward(unit: torch.nn.Module, x: Boundary, *extra: Tree) -> tuple[Boundary,
             if need:
                 fresh = leaf.detach().requires_grad_()
                 inputs.append(fresh)
-                leaf = _Cut.apply(fresh)
+                leaf = _Cut.apply(fresh)  # type: ignore[no-untyped-call]
             leaves.append(leaf)
         out = unit(pytree.tree_unflatten(leaves, x.spec), *extra)
     out_leaves, spec = pytree.tree_flatten(out)
@@ -109,9 +109,7 @@ def backward(
     """
     if not record.outputs:
         return [torch.zeros_like(leaf) for leaf in record.inputs]
-    found = torch.autograd.grad(
-        record.outputs, [*record.inputs, *params], grads, allow_unused=True, retain_graph=False
-    )
+    found = torch.autograd.grad(record.outputs, [*record.inputs, *params], grads, allow_unused=True, retain_graph=False)
     n = len(record.inputs)
     for param, grad in zip(params, found[n:], strict=True):
         if grad is not None:

@@ -23,7 +23,9 @@ def gather_full(
     pp, tp = groups.axis("pp"), groups.axis("tp")
     out: dict[str, torch.Tensor] = {}
     for owner in range(pp.size):
-        mine = [[name, str(t.dtype).removeprefix("torch."), list(specs[name].global_shape)] for name, t in local.items()]
+        mine = [
+            [name, str(t.dtype).removeprefix("torch."), list(specs[name].global_shape)] for name, t in local.items()
+        ]
         for name, dtype, shape in broadcast_object(pp, mine if pp.rank == owner else None, owner):
             if pp.rank == owner:
                 whole = _assemble(local[name], specs[name], tp)

@@ -100,9 +100,7 @@ class ShardedState:
             self.params.setdefault(p.name, p)
         entries = self._entries(params)
         bucket_numel = max(1, placement.bucket_bytes // 4)
-        self.buckets = tuple(
-            self._allocate(b, params) for b in layout(entries, bucket_numel=bucket_numel, dp=dp.size)
-        )
+        self.buckets = tuple(self._allocate(b, params) for b in layout(entries, bucket_numel=bucket_numel, dp=dp.size))
 
     # -- building --------------------------------------------------------------------------------
 
@@ -130,8 +128,10 @@ class ShardedState:
             shard=slice(lo, hi),
             updates=updates,
             master=flat[updates],
-            states={n: torch.zeros(updates.stop - updates.start, dtype=acc, device=self._device) for n in
-                    self._optimizer.states},
+            states={
+                n: torch.zeros(updates.stop - updates.start, dtype=acc, device=self._device)
+                for n in self._optimizer.states
+            },
             segments=self._segments(bucket, updates),
         )
         for slot in bucket.slots:
@@ -232,7 +232,7 @@ class ShardedState:
         views = [state.grads[s.offset : s.stop] for s in partial]
         packed = torch.cat(views)
         self._tp.all_reduce(packed).wait()
-        for view, part in zip(views, packed.split([v.numel() for v in views]), strict=True):
+        for view, part in zip(views, torch.split(packed, [v.numel() for v in views]), strict=True):
             view.copy_(part)
 
     def wait_reduced(self) -> None:

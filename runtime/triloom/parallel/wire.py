@@ -12,7 +12,7 @@ import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -101,9 +101,7 @@ class Wire:
             t = t.contiguous()
             self._outbox.append((group.send(t, rank), t))
 
-    def expect(
-        self, key: Any, peer: int, known: list[TensorMeta] | None, late: Callable[[], list[TensorMeta]]
-    ) -> None:
+    def expect(self, key: Any, peer: int, known: list[TensorMeta] | None, late: Callable[[], list[TensorMeta]]) -> None:
         """Post the receive of ``key`` if its shapes are known; else ``late()`` gives them when it is taken."""
         box = self._inboxes.setdefault((peer), _Inbox())
         if known is None or box.waiting:
