@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import fcntl
 import os
 import sys
+import termios
 import threading
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn
 
-ABORT_GRACE = 0.5
-"""Seconds the transport's abort may take before the process ends itself."""
+LAST_SECONDS = 0.8
+"""Seconds that printing and the transport's abort may take before the process ends itself."""
+
+DRAIN_SECONDS = 0.25
+"""Of these, how long to wait for the launcher to read what was printed."""
 
 INTERRUPTED = 130
 """Exit code after KeyboardInterrupt, as shells report it."""
@@ -40,6 +47,21 @@ def report(error: BaseException, trace: TracebackType | None, who: str, where: s
     """The text printed for an uncaught error: one line that says who and where, then the traceback."""
     lines = traceback.format_exception(type(error), error, trace)
     return f"{who} uncaught {type(error).__name__} in {where}; taking the job down\n{''.join(lines)}"
+
+
+def wait_read(fd: int, seconds: float) -> None:
+    """Wait until the other end of a pipe has read it, and a moment more.
+
+    Launchers forward a rank's stderr through a pipe and hear of an abort on another channel: without this,
+    mpirun's own message about the abort often comes before the traceback that explains it.
+    """
+    until = time.monotonic() + seconds
+    with suppress(OSError):  # not a pipe: nobody forwards it
+        while int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder):
+            if time.monotonic() > until:
+                return
+            time.sleep(0.005)
+    time.sleep(seconds / 5)
 
 
 class Hooks:
@@ -85,13 +107,14 @@ class Hooks:
         """Print ``text`` and end the whole job with ``code``. Does not return."""
         self._failing.acquire()  # a second failing thread waits here until the process is gone
         # A C-level watchdog: ends the process even if the abort hangs holding the interpreter lock.
-        faulthandler.dump_traceback_later(ABORT_GRACE, exit=True, file=2)
+        faulthandler.dump_traceback_later(LAST_SECONDS, exit=True, file=2)
         for stream in (sys.stdout, sys.stderr):
             if stream is not None and not stream.closed:
                 stream.flush()
         data = text.encode(errors="backslashreplace")
         while data:  # the real stderr: sys.stderr may be captured, and a captured message would be lost
             data = data[os.write(2, data) :]
+        wait_read(2, DRAIN_SECONDS)
         self._abort(code)
         os._exit(code)
 
