@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from .boot import World as World
     from .boot import init as init
     from .engine import Engine as Engine
+    from .engine import Metrics as Metrics
     from .errors import ConfigError as ConfigError
     from .errors import DeadlineError as DeadlineError
     from .errors import DeadlockError as DeadlockError
+    from .errors import DivergedError as DivergedError
     from .errors import GroupError as GroupError
     from .errors import MeshError as MeshError
     from .errors import MismatchError as MismatchError
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from .mesh import Mesh as Mesh
     from .mesh import make_mesh as make_mesh
     from .optim import AdamW as AdamW
+    from .optim import warmup_cosine as warmup_cosine
+    from .parallel.build import mean_loss as mean_loss
     from .placement import Placement as Placement
     from .placement import zero0 as zero0
     from .placement import zero1 as zero1
@@ -35,11 +39,12 @@ __version__ = "0.1.0"
 
 _HOME = {
     "boot": ("World", "init"),
-    "engine": ("Engine",),
+    "engine": ("Engine", "Metrics"),
     "errors": (
         "ConfigError",
         "DeadlineError",
         "DeadlockError",
+        "DivergedError",
         "GroupError",
         "MeshError",
         "MismatchError",
@@ -50,7 +55,8 @@ _HOME = {
     "groups.solo": ("Solo",),
     "groups.threads": ("run_threads",),
     "mesh": ("Mesh", "make_mesh"),
-    "optim": ("AdamW",),
+    "optim": ("AdamW", "warmup_cosine"),
+    "parallel.build": ("mean_loss",),
     "placement": ("Placement", "zero0", "zero1"),
     "scope": ("Scope",),
 }

@@ -15,7 +15,7 @@ import torch
 
 from .. import native
 from ..actions import Action
-from ..errors import TriloomError
+from ..errors import DivergedError
 from ..groups.base import Group
 from .executor import Handler, StepState
 from .sharded import ShardedState
@@ -67,7 +67,7 @@ class Totals:
         parts = [x for piece in self._state.owned_gradients() for x in native.sum_squares_wide(piece, pool=pool)]
         step.grad_norm = math.sqrt(self._agree(step, parts))
         if not math.isfinite(step.grad_norm):
-            raise TriloomError(
+            raise DivergedError(
                 f"the gradient norm is {step.grad_norm} at step {step.step} (loss {step.loss}): no weight was changed; "
                 "lower the learning rate, check the data, or train in a wider dtype"
             )
