@@ -1,0 +1,126 @@
+"""Programs as tasks of plain numbers, which the replay can run fast. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..actions import COMPUTE as COMPUTE_OPS
+from ..actions import STATE, TRANSFER, Action, Program, Subject, stage_of
+from ..errors import ProgramError
+from ..passes import INPUT_GRADIENT, StateLayout
+from .costs import Costs, per_hop
+
+WORK, SEND, RECV, POST, BARRIER = range(5)
+"""Kinds of tasks: at work on the main lane, transfers, a collective on its lane, CLIP."""
+
+
+class Task(NamedTuple):
+    """kind; number of the tensor it needs (-1: none); seconds; number of what it makes or moves; and
+    of the transfer of that: latency, seconds on the link, and number of the link."""
+
+    kind: int
+    need: int
+    seconds: float
+    made: int
+    latency: float = 0.0
+    occupied: float = 0.0
+    link: int = 0
+
+
+class Lowering:
+    """Numbers of boundary tensors and buckets, and a table of functions from Action to Task."""
+
+    def __init__(self, program: Program, costs: Costs, layout: StateLayout | None, explicit: bool) -> None:
+        self.program, self.costs, self.layout, self.explicit = program, costs, layout, explicit
+        self.where, self.count = program.stages, program.microbatches
+        self.stage_of_unit = {u: s for s, units in enumerate(layout.units) for u in units} if layout else {}
+        self.buckets: dict[tuple[int, int | None], int] = {}
+        self.tensors = 2 * len(self.where) * self.count
+        used = {a.op for row in program.ranks for a in row}
+        self.seconds = {op: costs.seconds(op, self.where) for op in COMPUTE_OPS if op in used}
+        self.hops = [self._hop("act", s) for s in range(len(self.where))]
+        self.hops += [self._hop("grad", s) for s in range(len(self.where))]
+        self.table: dict[str, Callable[[int, Action], Task]] = {
+            **dict.fromkeys(COMPUTE_OPS, self._compute),
+            **dict.fromkeys(TRANSFER, self._transfer),
+            **dict.fromkeys(STATE, self._main),
+            "REDUCE": self._reduce,
+            "UNSHARD": self._post,
+            "STEP": self._step,
+            "CLIP": self._clip,
+        }
+
+    def rows(self) -> list[list[Task]]:
+        return [[self.table[a.op](rank, a) for a in row] for rank, row in enumerate(self.program.ranks)]
+
+    def _hop(self, kind: str, stage: int) -> tuple[float, float, int]:
+        """Latency, seconds on the link and number of the link of a stage's activation or gradient."""
+        other = stage + 1 if kind == "act" else stage - 1
+        if not 0 <= other < len(self.where) or self.where[other] == self.where[stage]:
+            return 0.0, 0.0, 0
+        ends = self.where[stage], self.where[other]
+        size = self.costs.bytes_out(self.where)[min(stage, other)]
+        occupied = size / per_hop(self.costs.bandwidth, *ends)
+        return per_hop(self.costs.comm, *ends), occupied, ends[0] * len(self.program.ranks) + ends[1]
+
+    # -- computes ------------------------------------------------------------------------------------
+
+    def _compute(self, rank: int, action: Action) -> Task:
+        if action.subject.kind == "unit":
+            return self._unit(action)
+        stage = action.subject.index or 0
+        seconds = self.seconds[action.op][stage]
+        return self._ends(action.op, stage, action.microbatch or 0, seconds, True, True)
+
+    def _ends(self, op: str, stage: int, microbatch: int, seconds: float, first: bool, last: bool) -> Task:
+        """first: the part that takes the stage's input of this direction; last: the part that makes its output."""
+        stages, m = len(self.where), self.count
+        if op == "F":
+            need = (stage - 1) * m + microbatch if first and stage > 0 else -1
+            made, hop = stage * m + microbatch if last and stage + 1 < stages else -1, stage
+        elif op in INPUT_GRADIENT:
+            need = (stages + stage + 1) * m + microbatch if first and stage + 1 < stages else -1
+            made, hop = (stages + stage) * m + microbatch if last and stage > 0 else -1, stages + stage
+        else:
+            return Task(WORK, -1, seconds, -1)
+        if made >= 0 and self.explicit and self.hops[hop][2]:
+            made = -1  # its SEND hands it over
+        return Task(WORK, need, seconds, made, *self.hops[hop])
+
+    def _unit(self, action: Action) -> Task:
+        unit, op = action.subject.index or 0, action.op
+        if self.layout is None or unit not in self.stage_of_unit:
+            raise ProgramError(f"{action}: simulate needs a layout that says which stage unit {unit} belongs to")
+        stage = self.stage_of_unit[unit]
+        units = self.layout.units[stage] if op in ("F", "R") else self.layout.units[stage][::-1]
+        seconds = self.costs.units.get((op, unit), self.seconds[op][stage] / len(units))
+        return self._ends(op, stage, action.microbatch or 0, seconds, unit == units[0], unit == units[-1])
+
+    # -- transfers and state -------------------------------------------------------------------------
+
+    def _transfer(self, rank: int, action: Action) -> Task:
+        stages, stage = len(self.where), stage_of(action)
+        line = stage if action.subject.kind == "act" else stages + stage
+        key = line * self.count + (action.microbatch or 0)
+        kind, need = (SEND, -1) if action.op == "SEND" else (RECV, -1)
+        return Task(kind, need, self.costs.overhead, key, *self.hops[line])
+
+    def _bucket(self, rank: int, subject: Subject) -> int:
+        return self.buckets.setdefault((rank, subject.index), self.tensors + len(self.buckets))
+
+    def _main(self, rank: int, action: Action) -> Task:
+        return Task(WORK, -1, self.costs.state.get(action.op, 0.0), -1)
+
+    def _reduce(self, rank: int, action: Action) -> Task:
+        return Task(POST, -1, self.costs.state.get("REDUCE", 0.0), self._bucket(rank, action.subject))
+
+    def _post(self, rank: int, action: Action) -> Task:
+        return Task(POST, -1, self.costs.state.get(action.op, 0.0), -1)
+
+    def _step(self, rank: int, action: Action) -> Task:
+        need = self.buckets.get((rank, action.subject.index), -1)
+        return Task(WORK, need, self.costs.state.get("STEP", 0.0), -1)
+
+    def _clip(self, rank: int, action: Action) -> Task:
+        return Task(BARRIER, -1, self.costs.state.get("CLIP", 0.0), -1)
