@@ -1,23 +1,22 @@
-"""The ``triloom`` command."""
+"""The ``triloom`` command. Torch is imported by the commands that train, not by those that only plan."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import __version__, boot
+from . import __version__
+from .commands.schedule import run_schedule
 from .config import Config, Loaded, help_fields, load
-from .demo import demo
-from .dryrun import describe
-from .errors import ConfigError, DivergedError, TriloomError
-from .together import SetupError, together
-from .train import prepare, train
+from .errors import ConfigError, DivergedError, ProgramError, TriloomError
 
 USAGE = """\
 triloom trains one model on many ranks: tensor, pipeline and data parallelism under mpirun.
 
   mpirun -n 4 triloom train [--config run.toml] [--parallel.tp 2 ...]   train; see triloom train --help
+  triloom schedule NAME --stages 8 --micro 32 ...   draw a pipeline schedule; see triloom schedule --help
   triloom demo [--dir FOLDER]     train a small transformer on 4 ranks in two ways, and compare (2 minutes)
   triloom --version               print the version
 """
@@ -69,12 +68,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(words[1:])
     except ConfigError as error:  # found without a world: by one process, or before the ranks are connected
         return _refuse(str(error))
+    except ProgramError as error:  # one problem, and its grid
+        print(f"triloom: {error}", file=sys.stderr, flush=True)
+        return REFUSED
+    except BrokenPipeError:  # whoever read the output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
 
 
 def run_train(words: Sequence[str]) -> int:
     """``triloom train``."""
     if "--help" in words or "-h" in words:
         return _print_once(TRAIN_USAGE + help_fields())
+    from . import boot
+    from .dryrun import describe
+    from .together import SetupError, together
+    from .train import prepare, train
+
     options, loaded, error = _read(words)
     if options.ranks is not None:
         return _dry_run(loaded, error, options.ranks)
@@ -133,6 +143,9 @@ def _read(words: Sequence[str]) -> tuple[TrainOptions, Loaded, ConfigError | Non
 
 
 def _dry_run(loaded: Loaded, error: ConfigError | None, ranks: int) -> int:
+    from .dryrun import describe
+    from .train import prepare
+
     _raise(error)
     print(describe(prepare(loaded.config, ranks, loaded.sources)))
     return OK
@@ -140,6 +153,9 @@ def _dry_run(loaded: Loaded, error: ConfigError | None, ranks: int) -> int:
 
 def run_demo(words: Sequence[str]) -> int:
     """``triloom demo``."""
+    from . import boot
+    from .demo import demo
+
     with boot.init() as world:
         if world.size > 1:
             if world.rank == 0:
@@ -160,6 +176,8 @@ def run_demo(words: Sequence[str]) -> int:
 
 def _print_once(text: str) -> int:
     """Print on rank 0, or without asking where no world can be made: a text for people needs none."""
+    from . import boot
+
     try:
         with boot.init() as world:
             shown = text if world.rank == 0 else ""
@@ -182,7 +200,11 @@ def _refuse(text: str) -> int:
     return REFUSED
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": run_train, "demo": run_demo}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": run_train,
+    "schedule": run_schedule,
+    "demo": run_demo,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

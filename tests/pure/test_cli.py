@@ -77,7 +77,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["tran"], "'tran' is not a command; commands are train, demo"),
+        (["tran"], "'tran' is not a command; commands are train, schedule, "),
         (["train", "--model.layer", "3"], "did you mean 'model.layers'?"),
         (["train", "--config"], "--config needs the path of a TOML file"),
         (["train", "--config", "a", "--config", "b"], "--config is given twice"),

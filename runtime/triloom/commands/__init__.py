@@ -1,0 +1,1 @@
+"""The commands that need no ranks; :mod:`triloom.cli` dispatches to them."""
