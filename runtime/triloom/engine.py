@@ -104,7 +104,7 @@ class Engine:
         self._microbatches = microbatches
         self._named = build.name_units(units, loss)
         pp = self.groups.axis("pp")
-        order = _schedule(schedule)(pp.size, microbatches)
+        self._order = order = _schedule(schedule)(pp.size, microbatches)
         self._stages = partition(len(self._named), len(order.stages), stages)
         self._where = order.stages
         agree(self.world, "the engine's configuration", self._fingerprint(order, clip, seed, ties))
@@ -240,7 +240,7 @@ class Engine:
     def evaluate(self, inputs: Any, targets: Any) -> Metrics:
         """Loss without a gradient or an update; gradient norm and learning rate are 0."""
         if self._eval_program is None:
-            self._eval_program = add_communication(schedules.forward_only(len(self._stages), self._microbatches))
+            self._eval_program = add_communication(schedules.forwards(self._order))
             self._verify(self._eval_program, None)
         self._mode(training=False)
         state = self._begin(inputs, targets, training=False)
