@@ -144,11 +144,11 @@ class Progress:
             return
         while True:
             pending = job.pending
-            while pending:
-                if not pending[-1][0].Test():
-                    return
-                pending.pop()
             try:
+                while pending:
+                    if not pending[-1][0].Test():
+                        return
+                    pending.pop()
                 step = next(steps)
                 if isinstance(step, list):
                     job.pending = step

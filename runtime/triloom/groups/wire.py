@@ -1,7 +1,8 @@
-"""MPI as the group uses it: nonblocking bytes by address, tags, and reusable header slots."""
+"""What a group needs of its transport: nonblocking bytes by address, tags; and reusable header slots."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ _SLOT_BYTES = 128 << 10
 _LEAST_INLINE_BYTES = 1 << 10
 
 HEADER, SEND_HEADER, RECV_HEADER = 1, 2, 3
+HEADERS = (HEADER, SEND_HEADER, RECV_HEADER)
 """Tags of messages that are matched by their order."""
 SCATTER, GATHER, TRANSFER = 0, 1, 2
 """Phases with data; their tags carry the sequence number, as operations reach them in any order."""
@@ -23,57 +25,62 @@ _FIRST_DATA_TAG = 8
 _PHASES = 4
 
 
-class Wire:
-    """A communicator of its own, and sends and receives of any length on it."""
+class Wire(ABC):
+    """The ranks of a transport, seen from one of them. Messages of a sender and tag arrive in order.
 
-    def __init__(self, comm: Any) -> None:
-        from mpi4py import MPI  # whoever holds a communicator has initialised MPI
+    A message may be shorter than what its receiver makes room for. Requests have ``Test()``, true once
+    complete (it raises if the transport failed), and those of ``recv_init`` ``Start()`` and ``Free()``.
+    """
 
-        self.comm = comm
-        self.rank: int = comm.Get_rank()
-        self.size: int = comm.Get_size()
-        self.peers = [(self.rank + i) % self.size for i in range(1, self.size)]
-        self._address = MPI.buffer.fromaddress
-        self._byte = MPI.BYTE
-        self.inline_bytes = max(_LEAST_INLINE_BYTES, _SLOT_BYTES // self.size)
+    def __init__(self, rank: int, size: int, *, highest_tag: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.peers = [(rank + i) % size for i in range(1, size)]
+        self.inline_bytes = max(_LEAST_INLINE_BYTES, _SLOT_BYTES // size)
         """A rank's input to a collective up to this size goes to every rank with the header: one exchange is
         enough then, for p/2 times the bytes of a large operation (measured: the better way up to 64 KiB at p=2)."""
         self.piece_bytes = 1 << 30
         """Longest single message: MPI counts in C ints."""
-        upper = comm.Get_attr(MPI.TAG_UB) or 32767
-        self._window = (upper - _FIRST_DATA_TAG) // _PHASES
+        self._window = (highest_tag - _FIRST_DATA_TAG) // _PHASES
+
+    @abstractmethod
+    def isend(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
+        """A request; the memory belongs to it until it is complete."""
+
+    @abstractmethod
+    def irecv(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
+        """A request; the memory belongs to it until it is complete."""
+
+    @abstractmethod
+    def recv_init(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
+        """A request that receives each time it is started."""
+
+    @abstractmethod
+    def unexpected(self, peer: int) -> list[tuple[int, bytes]]:
+        """Take the headers that came from a peer and that no operation here waits for, as ``(tag, header)``.
+
+        Only for the text of an error: a transport that cannot look gives none.
+        """
+
+    @abstractmethod
+    def split(self, color: int | None, key: int) -> Wire | None:
+        """The wire of the ranks with the same color, ordered by key; None for color None. Collective."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the transport's resources; nothing is under way on any rank."""
+
+    @abstractmethod
+    def memory(self, address: int, nbytes: int) -> Any:
+        """A writable buffer over memory that the caller keeps alive."""
 
     def tag(self, seq: int, phase: int) -> int:
         return _FIRST_DATA_TAG + (seq % self._window) * _PHASES + phase
 
-    def memory(self, address: int, nbytes: int) -> Any:
-        """A writable buffer over memory that the caller keeps alive."""
-        return self._address(address, nbytes)
-
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy host memory by address."""
         if nbytes:
-            self._address(target, nbytes)[:] = self._address(source, nbytes)
-
-    def isend(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
-        return self.comm.Isend([self._address(address, nbytes), self._byte], peer, tag)
-
-    def irecv(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
-        return self.comm.Irecv([self._address(address, nbytes), self._byte], peer, tag)
-
-    def recv_init(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
-        return self.comm.Recv_init([self._address(address, nbytes), self._byte], peer, tag)
-
-    def unexpected(self, peer: int) -> list[tuple[int, bytes]]:
-        """Take the headers that came from a peer and that no operation here waits for, as ``(tag, header)``."""
-        found = []
-        for tag in (HEADER, SEND_HEADER, RECV_HEADER):
-            message = self.comm.Improbe(peer, tag)
-            if message is not None:
-                data = bytearray(HEADER_BYTES + max(INLINE_BYTES, self.inline_bytes))
-                message.Recv([data, self._byte])
-                found.append((tag, bytes(data[:HEADER_BYTES])))
-        return found
+            self.memory(target, nbytes)[:] = self.memory(source, nbytes)
 
     def send(self, pending: Pending, tensor: torch.Tensor, peer: int, tag: int) -> None:
         """Start sending a contiguous tensor in pieces; nothing is sent for an empty one."""

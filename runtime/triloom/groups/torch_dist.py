@@ -1,0 +1,185 @@
+"""torch.distributed's point-to-point as a Wire: triloom's groups where a program was not started by MPI.
+
+Only sends and receives are taken from torch, so that everything else (checks, deadlines, sums in rank order, the
+same bits) is what it is over MPI. Tensors on a GPU are staged through pinned memory, as they are there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import GroupError
+from .wire import Wire
+from .wired import WiredGroup
+
+FOREVER = timedelta(days=3650)
+"""Time limit given to torch, whose own expiry would close every connection: the deadline is the group's."""
+
+HIGHEST_TAG = 2**31 - 1
+
+MakeProcessGroup = Callable[[str, list[int], int], Any]
+"""``(unique name, members as ranks of the first wire, own rank among them)`` -> a torch ProcessGroup of its own."""
+
+
+class Waiters:
+    """Threads that block in torch's waits, one for each request under way: torch completes them nowhere else.
+
+    Daemon threads: one that waits for a rank that never comes does not keep the process.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._idle = 0
+        self._lock = threading.Lock()
+
+    def submit(self, task: Callable[[], None]) -> None:
+        with self._lock:
+            enough = self._idle > 0
+            self._idle -= int(enough)
+        if not enough:
+            threading.Thread(target=self._run, name="triloom-wait", daemon=True).start()
+        self._tasks.put(task)
+
+    def _run(self) -> None:
+        while True:
+            self._tasks.get()()
+            with self._lock:
+                self._idle += 1
+
+
+class Request:
+    """A send or a receive under way, with the interface of an MPI request."""
+
+    def __init__(self, waiters: Waiters, work: Any, what: str) -> None:
+        self._work = work
+        self._what = what
+        self._complete = False
+        self._error: str | None = None
+        waiters.submit(self._wait)
+
+    def _wait(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            self._error = str(error)
+        self._complete = True
+
+    def Test(self) -> bool:
+        """True once complete. Raises GroupError if the connection is gone."""
+        if self._complete and self._error is not None:
+            raise GroupError(f"{self._what}: the connection failed, that rank may have died: {self._error}")
+        return self._complete
+
+
+class PersistentReceive:
+    """A receive that is started again and again, with the interface of an MPI request."""
+
+    def __init__(self, receive: Callable[[], Request]) -> None:
+        self._receive = receive
+        self._request: Request | None = None
+
+    def Start(self) -> None:
+        self._request = self._receive()
+
+    def Test(self) -> bool:
+        return self._request is None or self._request.Test()
+
+    def Free(self) -> None:
+        self._request = None
+
+
+class TorchWire(Wire):
+    """The ranks of a torch ProcessGroup (gloo) that nobody else uses.
+
+    make: makes the process groups of splits. members: the ranks of this wire as ranks of the first one.
+    """
+
+    def __init__(
+        self, group: Any, make: MakeProcessGroup, *, waiters: Waiters | None = None, members: list[int] | None = None
+    ) -> None:
+        super().__init__(group.rank(), group.size(), highest_tag=HIGHEST_TAG)
+        self._group = group
+        self._make = make
+        self._waiters = waiters or Waiters()
+        self._members = list(range(self.size)) if members is None else members
+        self._path = ""
+        self._splits = 0
+
+    def isend(self, address: int, nbytes: int, peer: int, tag: int) -> Request:
+        work = self._group.send([_tensor(address, nbytes)], peer, tag)
+        return Request(self._waiters, work, f"send to rank {peer}")
+
+    def irecv(self, address: int, nbytes: int, peer: int, tag: int) -> Request:
+        work = self._group.recv([_tensor(address, nbytes)], peer, tag)
+        return Request(self._waiters, work, f"recv from rank {peer}")
+
+    def recv_init(self, address: int, nbytes: int, peer: int, tag: int) -> PersistentReceive:
+        return PersistentReceive(lambda: self.irecv(address, nbytes, peer, tag))
+
+    def memory(self, address: int, nbytes: int) -> memoryview:
+        return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+
+    def unexpected(self, peer: int) -> list[tuple[int, bytes]]:
+        return []  # torch cannot look at a message that nobody receives
+
+    def split(self, color: int | None, key: int) -> TorchWire | None:
+        self._splits += 1
+        pairs = torch.tensor([[-1 if color is None else color, key, self.rank]] * self.size)
+        everyone = torch.empty_like(pairs)
+        self._group.alltoall_base(everyone, pairs, [], []).wait()
+        if color is None:
+            return None
+        ranks = [rank for _, _, rank in sorted(row for row in everyone.tolist() if row[0] == color)]
+        members = [self._members[r] for r in ranks]
+        path = f"{self._path}/{self._splits}.{color}"
+        group = self._make(path, members, ranks.index(self.rank))
+        wire = TorchWire(group, self._make, waiters=self._waiters, members=members)
+        wire._path = path
+        return wire
+
+    def close(self) -> None:
+        self._group = None  # the last reference: closes its connections
+
+
+def _tensor(address: int, nbytes: int) -> torch.Tensor:
+    """Bytes at an address, as a tensor that does not own them."""
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
+
+
+def from_store(store: Any, rank: int, size: int, *, deadline: float, name: str = "world") -> WiredGroup:
+    """A group over gloo of ranks that share a torch Store; torch's registry of process groups is not touched.
+
+    store: keys below it belong to this group. Raises GroupError naming the ranks that did not come in time.
+    """
+
+    def make(path: str, members: list[int], own: int) -> Any:
+        below = dist.PrefixStore(f"gloo{path}", store)  # type: ignore[attr-defined]  # exported, not declared
+        # The store's own time limit holds while the ranks exchange addresses, torch's afterwards.
+        below.set_timeout(timedelta(seconds=deadline))
+        return dist.ProcessGroupGloo(below, own, len(members), FOREVER)
+
+    _await_ranks(store, rank, size, deadline)
+    return WiredGroup(TorchWire(make("", list(range(size)), rank), make), name=name, deadline=deadline)
+
+
+def _await_ranks(store: Any, rank: int, size: int, deadline: float) -> None:
+    """Wait until every rank has come to the store; the error names those that have not."""
+    store.set_timeout(timedelta(seconds=deadline))
+    store.set(f"here/{rank}", "1")
+    try:
+        store.wait([f"here/{r}" for r in range(size)], timedelta(seconds=deadline))
+    except RuntimeError as error:
+        missing = [r for r in range(size) if not store.check([f"here/{r}"])]
+        raise GroupError(
+            f"rank {rank} of {size}: after {deadline:g} s these ranks had not come to torch's store: {missing}"
+        ) from error
