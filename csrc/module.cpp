@@ -5,6 +5,7 @@
 
 #include "adamw.h"
 #include "elementwise.h"
+#include "nccl.h"
 #include "philox.h"
 #include "pool.h"
 #include "reduce.h"
@@ -70,6 +71,57 @@ void py_reduce_ranks(Address out, const std::vector<Address>& inputs, int dtype,
     reduce_ranks(at(out), pointers, dtype_of(dtype), n, static_cast<ReduceOp>(op), pool);
 }
 
+NcclConfig nccl_config(int blocking, int min_ctas, int max_ctas, int cga_cluster_size, int split_share) {
+    NcclConfig c;
+    c.blocking = blocking;
+    c.min_ctas = min_ctas;
+    c.max_ctas = max_ctas;
+    c.cga_cluster_size = cga_cluster_size;
+    c.split_share = split_share;
+    return c;
+}
+
+void bind_nccl(py::module_& m) {
+    const py::object base = py::module_::import("triloom.errors").attr("GroupError");
+    py::register_exception<NcclError>(m, "NcclError", base);
+    py::class_<NcclConfig>(m, "NcclConfig", "Configuration of a communicator, in the layout of NCCL 2.18.")
+        .def(py::init(&nccl_config), py::arg("blocking") = kNcclUndefined, py::arg("min_ctas") = kNcclUndefined,
+             py::arg("max_ctas") = kNcclUndefined, py::arg("cga_cluster_size") = kNcclUndefined,
+             py::arg("split_share") = kNcclUndefined)
+        .def("__bytes__", [](const NcclConfig& c) { return py::bytes(reinterpret_cast<const char*>(&c), sizeof c); });
+    py::class_<NcclSlot>(m, "NcclSlot", "Where NCCL writes a handle, possibly after the call that asked for it.")
+        .def(py::init<>())
+        .def_property_readonly("value", [](const NcclSlot& s) { return reinterpret_cast<Address>(s.value); });
+    py::class_<Nccl>(m, "Nccl", "A loaded NCCL; methods that return bool: whether the operation is still in progress.")
+        .def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("loaded_only") = false, NoGil())
+        .def_property_readonly("path", &Nccl::path)
+        .def_property_readonly("version", &Nccl::version)
+        .def("has", &Nccl::has)
+        .def("unique_id", [](const Nccl& n) { return py::bytes(n.unique_id()); })
+        .def("comm_init", &Nccl::comm_init, NoGil())
+        .def("comm_split", &Nccl::comm_split, NoGil())
+        .def("comm_finalize", &Nccl::comm_finalize, NoGil())
+        .def("comm_destroy", &Nccl::comm_destroy, NoGil())
+        .def("comm_abort", &Nccl::comm_abort, NoGil())
+        .def("async_error", &Nccl::async_error, NoGil())
+        .def("error_text", &Nccl::error_text)
+        .def("group_start", &Nccl::group_start, NoGil())
+        .def("group_end", &Nccl::group_end, NoGil())
+        .def("all_reduce", &Nccl::all_reduce, NoGil())
+        .def("reduce_scatter", &Nccl::reduce_scatter, NoGil())
+        .def("all_gather", &Nccl::all_gather, NoGil())
+        .def("broadcast", &Nccl::broadcast, NoGil())
+        .def("send", &Nccl::send, NoGil())
+        .def("recv", &Nccl::recv, NoGil())
+        .def("mem_alloc", &Nccl::mem_alloc, NoGil())
+        .def("mem_free", &Nccl::mem_free, NoGil())
+        .def("comm_register", &Nccl::comm_register, NoGil())
+        .def("comm_deregister", &Nccl::comm_deregister, NoGil())
+        .def("window_register", &Nccl::window_register, NoGil())
+        .def("window_deregister", &Nccl::window_deregister, NoGil());
+    m.def("exchange_capture_mode", &exchange_capture_mode);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -91,6 +143,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("sum_squares_partials", &py_partials, NoGil());
     m.def("wide_sum", &py_wide_sum, NoGil());
     m.def("reduce_ranks", &py_reduce_ranks, NoGil());
+    bind_nccl(m);
 }
 
 }  // namespace triloom
