@@ -70,7 +70,8 @@ class Engine:
     world: group of all ranks (``triloom.init().group``), a single rank if left out. mesh: how they are
     arranged, all data parallel if left out. schedule: a name of ``schedules.NAMED`` or a Schedule.
     microbatches: pieces each dp rank's batch is cut into. stages: number of units of each stage,
-    even if left out. clip: largest global gradient norm, None for no clipping.
+    even if left out. clip: largest global gradient norm, None for no clipping. record: is told when each
+    action ran (``spans.Spans``).
 
     Raises ConfigError, MeshError or ProgramError, on every rank, before the first step.
     """
@@ -183,7 +184,7 @@ class Engine:
             where=self._where,
             here=self.groups.axis("pp").rank,
             units=self._units,
-            wire=Wire(self.groups.link, self.scope.device),
+            wire=Wire(self.groups.link, self.scope.device, None if record is None else record.wait),
             scope=self.scope,
             handlers={**self.state.handlers(), **self._totals.handlers()},
             record=record,
@@ -259,6 +260,11 @@ class Engine:
     def memory(self) -> dict[str, int]:
         """Bytes this rank holds, by class; activations at their peak."""
         return {**self.state.bytes(), "activations": self._executor.activations.peak}
+
+    @property
+    def stage_units(self) -> Sequence[range]:
+        """The global unit numbers of each stage."""
+        return self._stages
 
     def close(self) -> None:
         """Release the groups made for the mesh; the world stays the caller's."""

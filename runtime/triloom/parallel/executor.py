@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -68,8 +68,18 @@ class StepState:
 
 Handler = Callable[[Action, StepState], None]
 
-Recorder = Callable[[Action, int, int], None]
-"""``record(action, begin_ns, end_ns)``."""
+
+class Recorder(Protocol):
+    """Is told when each action of a list ran; :class:`triloom.spans.Spans` is one."""
+
+    def begin(self, actions: int) -> None:
+        """A list of so many actions starts."""
+
+    def action(self, action: Action, begin_ns: int, end_ns: int) -> None:
+        """The next action of the list is over."""
+
+    def wait(self, begin_ns: int, end_ns: int) -> None:
+        """The action under way waited for a tensor from another rank."""
 
 
 class Executor:
@@ -119,10 +129,11 @@ class Executor:
             for action in actions:
                 self._handlers[action.op](action, state)
         else:
+            self._record.begin(len(actions))
             for action in actions:
                 begin = time.perf_counter_ns()
                 self._handlers[action.op](action, state)
-                self._record(action, begin, time.perf_counter_ns())
+                self._record.action(action, begin, time.perf_counter_ns())
         self._wire.drain()
         self._seen |= state.unknown
 

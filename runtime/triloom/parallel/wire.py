@@ -9,6 +9,7 @@ is taken, because the header must be read first.
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ HEADER_WORDS = 512
 
 Link = Callable[[int, str], tuple[Group, int]]
 """``link(coordinate)``: the group and the peer's rank in it that reach a pipeline coordinate."""
+
+Waited = Callable[[int, int], None]
+"""``waited(begin_ns, end_ns)``: is told of every wait for a receive."""
 
 TensorMeta = tuple[tuple[int, ...], torch.dtype]
 
@@ -87,8 +91,9 @@ class _Inbox:
 class Wire:
     """All transfers of one rank with its pipeline neighbours."""
 
-    def __init__(self, link: Link, device: torch.device) -> None:
+    def __init__(self, link: Link, device: torch.device, waited: Waited | None = None) -> None:
         self._link = link
+        self._waited = waited
         self._device = device
         self._outbox: list[tuple[Work, torch.Tensor]] = []
         self._inboxes: dict[int, _Inbox] = {}
@@ -111,6 +116,14 @@ class Wire:
 
     def take(self, key: Any, peer: int) -> list[torch.Tensor]:
         """Wait for the tensors of ``key``."""
+        if self._waited is None:
+            return self._take(key, peer)
+        begin = time.perf_counter_ns()
+        tensors = self._take(key, peer)
+        self._waited(begin, time.perf_counter_ns())
+        return tensors
+
+    def _take(self, key: Any, peer: int) -> list[torch.Tensor]:
         box = self._inboxes[peer]
         while key not in box.posted:
             earlier, metas = box.waiting.popleft()
