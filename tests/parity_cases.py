@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +42,9 @@ class Case:
     dtype: str = "float64"
     stages: tuple[int, ...] | None = None
     order: tuple[str, str, str] = ("dp", "pp", "tp")
+    cadence: str | None = None
+    """None: the placement's."""
+    recompute: bool = False
 
     @property
     def ranks(self) -> int:
@@ -49,13 +52,16 @@ class Case:
 
     def alone(self) -> Case:
         """The same training on one rank, microbatch by microbatch."""
-        return replace(self, dp=1, pp=1, tp=1, sequence=False, stages=None, schedule="1f1b", placement="zero0")
+        return Case(self.model, microbatches=self.microbatches, steps=self.steps, dtype=self.dtype, placement="zero0")
 
     def mesh(self) -> Mesh:
         return make_mesh(self.ranks, dp=self.dp, pp=self.pp, tp=self.tp, order=self.order)
 
     def rows(self) -> Placement:
-        return NAMED[self.placement]().with_(bucket_bytes=self.bucket_bytes)
+        row = NAMED[self.placement]()
+        activations = "recompute" if self.recompute else "keep"
+        cadence = self.cadence or row.cadence
+        return row.with_(bucket_bytes=self.bucket_bytes, cadence=cadence, activations=activations)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Composition only: every part is usable without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ from .parallel.sharded import LocalParam, ShardedState
 from .parallel.totals import Totals
 from .parallel.weight_grads import UnitGrads
 from .parallel.wire import Wire
-from .passes import BucketInfo, StateLayout, add_communication, add_state
+from .passes import BucketInfo, StateLayout, add_communication, add_recompute, add_state
 from .placement import Placement, zero1
 from .schedules import Schedule
 from .scope import Scope
@@ -121,6 +122,8 @@ class Engine:
         self._executor = self._make_executor(record)
         self.program, self.verdict = self._compile(order)
         self._eval_program: Program | None = None
+        keeping = self.placement.activations == "keep"
+        self._recomputed = frozenset() if keeping else frozenset(range(len(self._named) - 1))
 
     # -- composition -----------------------------------------------------------------------------
 
@@ -187,6 +190,7 @@ class Engine:
             wire=Wire(self.groups.link, self.scope.device, None if record is None else record.wait),
             scope=self.scope,
             handlers={**self.state.handlers(), **self._totals.handlers()},
+            ready=self.state.ready,
             record=record,
         )
 
@@ -207,20 +211,23 @@ class Engine:
             tuple(tuple(run) for run in self._stages),
             tuple(tuple(BucketInfo(k, tuple(u), tuple(t)) for k, (u, t) in enumerate(row)) for row in rows),
         )
-        program = add_state(add_communication(order), layout, self.placement)
-        return program, self._verify(program, layout)
+        self._layout = layout
+        if self.placement.activations == "recompute":
+            order = add_recompute(order)
+        return self._prove(add_state(add_communication(order), layout, self.placement))
 
-    def _verify(self, program: Program, layout: StateLayout | None) -> Verdict:
+    def _prove(self, program: Program) -> tuple[Program, Verdict]:
         """The proof, with the collectives of tensor parallelism inside computes and those of the state actions."""
-        of_state, tp = state_footprint(layout), self.groups.axis("tp").size
-        return verify(
+        of_state, tp = state_footprint(self._layout), self.groups.axis("tp").size
+        verdict = verify(
             program,
             lanes=LANES[self.groups.axis("pp").lanes],
             footprint=lambda coord, a: [("tp", "layers", 0)] if tp > 1 and a.op in COMPUTE else of_state(coord, a),
             groups={"tp": inside(len(program.ranks))},
-            layout=layout,
+            layout=self._layout,
             placement=self.placement,
         )
+        return program, verdict
 
     # -- use -------------------------------------------------------------------------------------
 
@@ -241,13 +248,19 @@ class Engine:
     def evaluate(self, inputs: Any, targets: Any) -> Metrics:
         """Loss without a gradient or an update; gradient norm and learning rate are 0."""
         if self._eval_program is None:
-            self._eval_program = add_communication(schedules.forwards(self._order))
-            self._verify(self._eval_program, None)
+            order = add_communication(schedules.forwards(self._order))
+            self._eval_program = self._prove(add_state(order, self._layout, self.placement))[0]
         self._mode(training=False)
         state = self._begin(inputs, targets, training=False)
         self._executor.run(self._actions(self._eval_program), state)
         self._totals.finish_evaluation(state)
         return Metrics(state.step, state.loss, state.total_weight, 0.0, 0.0)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Whole parameters inside the ``with``, to read or change (the same on every rank), whatever is sharded."""
+        with self.state.gathered():
+            yield
 
     def full_state(self, kind: str = "params") -> dict[str, torch.Tensor]:
         """Whole tensors by global name on every rank: ``params``, ``master``, or a state of the optimizer.
@@ -295,6 +308,7 @@ class Engine:
             samples=starts,
             step=self.steps,
             training=training,
+            recomputed=self._recomputed,
         )
 
 

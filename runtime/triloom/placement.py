@@ -13,6 +13,8 @@ from .errors import ConfigError
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 TIERS = ("device",)
+ACTIVATIONS = ("keep", "recompute")
+CADENCES = ("step", "microbatch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +44,31 @@ class Placement:
     optimizer: State = field(default_factory=State)
     bucket_bytes: int = 16 << 20
     """Bytes of gradient per bucket of the flat layout (rounded up to whole parameters)."""
+    activations: str = "keep"
+    """``keep`` what autograd saves from a unit's forward to its backward, or ``recompute`` it (all units but
+    the loss, whose backward follows its forward)."""
+    cadence: str = "step"
+    """``step``: gradients are reduced once a step. ``microbatch``: after each, into the accumulated shard; another
+    order of additions, so other bits. Tied parameters are always reduced once a step."""
+    prefetch: int = 1
+    """Sharded parameters are gathered this many computes before their use."""
+    keep: bool = False
+    """Sharded parameters stay whole from their first use of a step to their last."""
     name: str = "zero0"
 
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1:
             raise ConfigError(f"bucket_bytes must be positive, got {self.bucket_bytes}")
+        if self.activations not in ACTIVATIONS:
+            raise ConfigError(f"activations {self.activations!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.cadence not in CADENCES:
+            raise ConfigError(f"cadence {self.cadence!r} is not one of {', '.join(CADENCES)}")
+        if not isinstance(self.prefetch, int) or self.prefetch < 0:
+            raise ConfigError(f"prefetch must be a whole number of computes, 0 or more, got {self.prefetch!r}")
         if self.grads.sharded and not self.optimizer.sharded:
-            raise ConfigError("sharded gradients need a sharded optimizer: use zero1(), or shard both")
-        if self.params.sharded or self.grads.sharded:
-            raise ConfigError("sharded parameters and gradients are not available yet: use zero0() or zero1()")
+            raise ConfigError("sharded gradients need a sharded optimizer: use zero2(), or shard both")
+        if self.params.sharded and not self.grads.sharded:
+            raise ConfigError("sharded parameters need sharded gradients: use zero3(), or shard both")
 
     def with_(self, **changes: object) -> Placement:
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -66,4 +84,14 @@ def zero1() -> Placement:
     return Placement(name="zero1", optimizer=State(sharded=True))
 
 
-NAMED = {"zero0": zero0, "zero1": zero1}
+def zero2() -> Placement:
+    """Optimizer state and gradients sharded; gradients are reduced after each microbatch."""
+    return zero1().with_(name="zero2", grads=State(sharded=True), cadence="microbatch")
+
+
+def zero3() -> Placement:
+    """Everything sharded; parameters are gathered around their use."""
+    return zero2().with_(name="zero3", params=State(sharded=True))
+
+
+NAMED = {"zero0": zero0, "zero1": zero1, "zero2": zero2, "zero3": zero3}

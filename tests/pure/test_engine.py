@@ -12,15 +12,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from triloom.engine import Engine, Metrics
+from triloom.errors import TriloomError
 from triloom.groups.base import Group
 from triloom.groups.threads import run_threads
 from triloom.mesh import make_mesh
 from triloom.optim import AdamW
 from triloom.parallel.build import mean_loss
-from triloom.placement import zero0, zero1
+from triloom.placement import zero0, zero1, zero2, zero3
 
 STEPS, BATCH, WIDTH = 4, 12, 7
 RULE = AdamW(lr=0.05, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1)
+
+
+PLACEMENTS = (
+    zero0(),
+    zero1().with_(bucket_bytes=200),
+    zero2().with_(bucket_bytes=200),
+    zero3().with_(bucket_bytes=200, prefetch=2),
+    zero3().with_(bucket_bytes=400, activations="recompute", prefetch=0),
+)
 
 
 class InPlace(nn.Module):
@@ -91,7 +101,7 @@ def train(group: Group, clip: float = 0.5, **options: object) -> tuple[list[Metr
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_equals_plain_loop(ranks: int, mesh: dict[str, int], schedule: str, microbatches: int) -> None:
     losses, norms, params = plain(units(), 0.5)
-    for placement in (zero0(), zero1().with_(bucket_bytes=200)):
+    for placement in PLACEMENTS:
         results = run_threads(
             ranks, partial(train, mesh=mesh, schedule=schedule, microbatches=microbatches, placement=placement)
         )
@@ -103,14 +113,40 @@ def test_equals_plain_loop(ranks: int, mesh: dict[str, int], schedule: str, micr
                 torch.testing.assert_close(state[name], p, rtol=1e-11, atol=1e-12)
 
 
-def test_placement_and_schedule_do_not_change_a_bit() -> None:
+ROWS = (zero0, zero1, zero2, zero3)
+
+
+@pytest.mark.parametrize("cadence", ["step", "microbatch"])
+def test_placement_and_schedule_do_not_change_a_bit(cadence: str) -> None:
+    placements = [row().with_(cadence=cadence, bucket_bytes=size) for row in ROWS for size in (100, 1 << 20)]
+    placements += [p.with_(activations="recompute", keep=True, prefetch=3) for p in placements[::3]]
     runs = [
         run_threads(4, partial(train, mesh={"pp": 2}, schedule=s, microbatches=3, placement=p))
-        for s in ("1f1b", "gpipe")
-        for p in (zero0(), zero0().with_(bucket_bytes=100), zero1(), zero1().with_(bucket_bytes=100))
+        for s in ("1f1b", "gpipe", "zb_h1")
+        for p in placements
     ]
     first = runs[0]
     for run in runs[1:]:
         for (metrics, state), (metrics0, state0) in zip(run, first, strict=True):
             assert metrics == metrics0
             assert all(torch.equal(state[n], state0[n]) for n in state0)
+
+
+def test_sharded_parameters_are_refused_between_uses_and_gathered_on_request() -> None:
+    def run(group: Group) -> None:
+        made = units()
+        engine = Engine(made, mean_loss(F.mse_loss), world=group, optimizer=RULE, placement=zero3())
+        expected = engine.full_state()
+        padded = 8 * sum(b.bucket.numel for b in engine.state.buckets)
+        assert engine.memory()["params"] * group.size == padded == engine.memory()["optimizer"] * group.size // 2
+        with pytest.raises(TriloomError, match=r"0\.weight is sharded .* engine\.gathered"):
+            made[0].weight.sum()
+        with pytest.raises(TriloomError, match="sharded"):
+            made[0](torch.zeros(1, 5, dtype=torch.float64))
+        with engine.gathered(), torch.no_grad():
+            assert torch.equal(made[0].weight, expected["0.weight"])
+            made[0].weight.mul_(2)
+        assert torch.equal(engine.full_state()["0.weight"], 2 * expected["0.weight"])
+        engine.step(*data(0))
+
+    run_threads(3, run)

@@ -20,7 +20,7 @@ from triloom.groups.threads import run_threads
 from triloom.mesh import make_mesh
 from triloom.optim import AdamW
 from triloom.parallel.build import mean_loss
-from triloom.placement import zero0, zero1
+from triloom.placement import zero0, zero1, zero2, zero3
 from triloom.schedules import Schedule
 
 WIDTH = 6
@@ -145,7 +145,12 @@ def train(group: Group, name: str, steps: int = 4, **options: Any) -> tuple[list
 @pytest.mark.parametrize("schedule", ["1f1b", split_backward])
 def test_awkward_models_equal_plain(name: str, ranks: int, pp: int, schedule: str | Schedule) -> None:
     losses, params = plain(name, 4)
-    for placement in (zero0(), zero1().with_(bucket_bytes=64)):
+    for placement in (
+        zero0().with_(activations="recompute"),
+        zero1().with_(bucket_bytes=64),
+        zero2().with_(bucket_bytes=64),
+        zero3().with_(bucket_bytes=64),
+    ):
         for got, state in run_threads(
             ranks, partial(train, name=name, pp=pp, schedule=schedule, microbatches=2, placement=placement)
         ):

@@ -69,7 +69,8 @@ REFUSALS = {
     "WEIGH dropped": (1, drop("WEIGH:all"), "WEIGH:all is missing on rank 1"),
     "WEIGH late": (1, swap("WEIGH:all", "BW:stage1@0"), "comes before F:stage1@0"),
     "WEIGH elsewhere": (0, before("F:stage0@0", "WEIGH:all"), "the weights are known where the last stage is, rank 1"),
-    "state with a microbatch": (0, turn("REDUCE:grads.1", "REDUCE:grads.1@0"), "REDUCE has no microbatch"),
+    "STEP with a microbatch": (0, turn("STEP:params.1", "STEP:params.1@0"), "STEP of params has no microbatch"),
+    "one REDUCE by microbatch": (0, turn("REDUCE:grads.1", "REDUCE:grads.1@0"), "RESHARD:grads.1@0 is missing"),
     "state without a number": (0, turn("REDUCE:grads.1", "REDUCE:grads"), "the subject needs a number"),
     "all with a number": (0, turn("CLIP:all", "CLIP:all.0"), "the subject needs no number"),
 }

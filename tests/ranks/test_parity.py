@@ -15,7 +15,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "model": tuple(MODELS),
     "sequence": (False, True),
     "schedule": ("1f1b", "gpipe"),
-    "placement": ("zero0", "zero1"),
+    "placement": ("zero0", "zero1", "zero2", "zero3"),
     "microbatches": (1, 2, 6),
     "dtype": ("float64", "float32"),
 }

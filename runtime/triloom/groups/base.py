@@ -121,7 +121,7 @@ class Both(Work):
         self._works = tuple(works)
 
     def done(self) -> bool:
-        return all([w.done() for w in self._works])
+        return all([w.done() for w in self._works])  # noqa: C419  (every work is driven)
 
     def wait(self, deadline: float | None = None) -> None:
         for w in self._works:

@@ -66,8 +66,9 @@ class Pass:
 
     inputs: list[torch.Tensor]
     """Leaves that want a gradient, in the order of the input boundary's carriers."""
-    outputs: list[torch.Tensor]
-    """Outputs that have a graph, in the order of the output boundary's carriers."""
+    outputs: list[torch.Tensor | None]
+    """In the order of the output boundary's carriers; None for one announced by a forward without a
+    graph that turned out to have none."""
 
 
 def forward(unit: torch.nn.Module, x: Boundary, *extra: Tree) -> tuple[Boundary, Pass]:
@@ -84,7 +85,7 @@ def forward(unit: torch.nn.Module, x: Boundary, *extra: Tree) -> tuple[Boundary,
         out = unit(pytree.tree_unflatten(leaves, x.spec), *extra)
     out_leaves, spec = pytree.tree_flatten(out)
     needs = tuple(isinstance(y, torch.Tensor) and y.requires_grad for y in out_leaves)
-    outputs = [y for y, need in zip(out_leaves, needs, strict=True) if need]
+    outputs: list[torch.Tensor | None] = [y for y, need in zip(out_leaves, needs, strict=True) if need]
     detached = [y.detach() if isinstance(y, torch.Tensor) else y for y in out_leaves]
     return Boundary(detached, spec, needs), Pass(inputs, outputs)
 
@@ -107,9 +108,11 @@ def backward(
     Own layers have already handed their closures to the sink they captured in the forward and
     return None; the gradients autograd made itself (norms, a foreign module) become closures here.
     """
-    if not record.outputs:
+    pairs = [(y, g) for y, g in zip(record.outputs, grads, strict=True) if y is not None]
+    if not pairs:
         return [torch.zeros_like(leaf) for leaf in record.inputs]
-    found = torch.autograd.grad(record.outputs, [*record.inputs, *params], grads, allow_unused=True, retain_graph=False)
+    outputs, output_grads = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, [*record.inputs, *params], output_grads, allow_unused=True)
     n = len(record.inputs)
     for param, grad in zip(params, found[n:], strict=True):
         if grad is not None:

@@ -19,6 +19,7 @@ from ..scope import Scope
 from . import cut
 from .activations import Activations
 from .cut import Boundary, Pass
+from .recompute import Keeper, Kept
 from .weight_grads import UnitGrads
 from .wire import TensorMeta, TreeMeta, Wire, encode, fill, meta_of
 
@@ -32,6 +33,7 @@ class UnitRun:
     params: list[torch.nn.Parameter]
     grads: UnitGrads
     is_loss: bool = False
+    keeper: Keeper = field(default_factory=Keeper)
 
 
 @dataclass(slots=True)
@@ -56,8 +58,12 @@ class StepState:
     grad_scale: float = 1.0
     passes: dict[tuple[int, int], Pass] = field(default_factory=dict)
     """(unit, microbatch) -> what its backward needs."""
-    acts: dict[tuple[int, int], Boundary] = field(default_factory=dict)
-    """(stage, microbatch) -> output of the stage, until its consumer or its SEND took it."""
+    outs: dict[tuple[int, int], Boundary] = field(default_factory=dict)
+    """(unit, microbatch) -> output of the unit, until its consumer or its SEND took it."""
+    kept: dict[tuple[int, int], Kept] = field(default_factory=dict)
+    """(unit, microbatch) -> input of a unit that is recomputed."""
+    recomputed: frozenset[int] = frozenset()
+    """Units whose activations are recomputed."""
     carriers: dict[tuple[int, int], list[TensorMeta]] = field(default_factory=dict)
     """(stage, microbatch) -> shapes of the gradients its backward will be given."""
     grads: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
@@ -86,7 +92,8 @@ class Executor:
     """Executes actions of the stages this rank holds.
 
     stages: the units of every stage of the model, as global unit numbers; where: the pipeline
-    coordinate of every stage; here: this rank's coordinate; handlers: of the actions on sharded state.
+    coordinate of every stage; here: this rank's coordinate; handlers: of the actions on sharded state; ready:
+    waits for the parameters of a unit.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class Executor:
         wire: Wire,
         scope: Scope,
         handlers: dict[str, Handler],
+        ready: Callable[[int], None],
         record: Recorder | None = None,
     ) -> None:
         self._stages = stages
@@ -108,6 +116,7 @@ class Executor:
         self._stage_of_unit = {u: s for s, run in enumerate(stages) for u in run}
         self._wire = wire
         self._scope = scope
+        self._ready = ready
         self._record = record
         self._metas: dict[tuple[int, Any], TreeMeta] = {}
         self._seen: set[Any] = set()
@@ -117,6 +126,7 @@ class Executor:
             "BW": self._backward_now,
             "B": self._backward_deferred,
             "W": self._weights,
+            "R": self._recompute,
             "SEND": self._send,
             "RECV": self._recv,
             **handlers,
@@ -140,40 +150,66 @@ class Executor:
     # -- forward ---------------------------------------------------------------------------------
 
     def _forward(self, action: Action, state: StepState) -> None:
-        stage, mb = stage_of(action), _mb(action)
-        x = self._stage_input(stage, mb, state)
-        for u in self._stages[stage]:
-            x = self._forward_unit(self._units[u], x, mb, state)
-        if stage + 1 < len(self._stages):
-            state.acts[stage, mb] = x
-            state.carriers[stage, mb] = [(tuple(t.shape), t.dtype) for t in x.carriers()]
+        mb = _mb(action)
+        for u in self._subject_units(action):
+            self._forward_unit(u, mb, state)
+
+    def _forward_unit(self, u: int, mb: int, state: StepState) -> None:
+        stage = self._stage_of_unit[u]
+        first = u == self._stages[stage][0]
+        x = self._stage_input(stage, mb, state) if first else state.outs.pop((u - 1, mb))
+        unit = self._units[u]
+        out = self._run_unit(unit, x, mb, state)
+        if unit.is_loss:
+            self._loss(unit, out, mb, state)
+            return
+        state.outs[u, mb] = out
+        if u == self._stages[stage][-1]:
+            state.carriers[stage, mb] = [(tuple(t.shape), t.dtype) for t in out.carriers()]
 
     def _stage_input(self, stage: int, mb: int, state: StepState) -> Boundary:
         if stage == 0:
             return state.inputs[mb]
         peer = self._where[stage - 1]
         if peer == self._here:
-            return state.acts.pop((stage - 1, mb))
+            return state.outs.pop((self._stages[stage - 1][-1], mb))
         tensors = self._wire.take(("act", stage - 1, mb), peer)
         return fill(self._metas[stage - 1, state.signatures[mb]], tensors)
 
-    def _forward_unit(self, unit: UnitRun, x: Boundary, mb: int, state: StepState) -> Boundary:
+    def _enter(self, unit: UnitRun, mb: int, state: StepState) -> tuple[Any, ...]:
+        """Set the scope for a forward of the unit; returns its further arguments."""
+        self._ready(unit.index)
         scope = self._scope
         scope.step, scope.unit, scope.microbatch = state.step, unit.index, mb
         scope.sample0, scope.grads = state.samples[mb], unit.grads
-        extra = (state.targets[mb],) if unit.is_loss else ()
+        return (state.targets[mb],) if unit.is_loss else ()
+
+    def _run_unit(self, unit: UnitRun, x: Boundary, mb: int, state: StepState) -> Boundary:
+        extra = self._enter(unit, mb, state)
         if not state.training:
-            out = cut.forward_only(unit.module, x, *extra)
-        else:
-            with self.activations.forward(unit, state.signatures[mb]):
-                out, state.passes[unit.index, mb] = cut.forward(unit.module, x, *extra)
-        if unit.is_loss:
-            state.losses[mb] = out.leaves[0]
-            if state.training:
-                seed = torch.full_like(out.leaves[0], state.loss_scale)
-                grads = [seed if i == 0 else torch.zeros_like(y) for i, y in enumerate(out.carriers())]
-                state.grads[unit.index, mb] = grads if out.needs_grad[0] else []
+            return cut.forward_only(unit.module, x, *extra)
+        if unit.index in state.recomputed:
+            out, state.kept[unit.index, mb] = unit.keeper.forward(unit.module, x, bool(unit.params), *extra)
+            return out
+        with self.activations.forward(unit, state.signatures[mb]):
+            out, state.passes[unit.index, mb] = cut.forward(unit.module, x, *extra)
         return out
+
+    def _recompute(self, action: Action, state: StepState) -> None:
+        mb = _mb(action)
+        for u in self._subject_units(action):
+            if u in state.recomputed:
+                unit = self._units[u]
+                extra = self._enter(unit, mb, state)
+                with self.activations.forward(unit, state.signatures[mb]):
+                    state.passes[u, mb] = unit.keeper.again(unit.module, state.kept.pop((u, mb)), *extra)
+
+    def _loss(self, unit: UnitRun, out: Boundary, mb: int, state: StepState) -> None:
+        state.losses[mb] = out.leaves[0]
+        if state.training:
+            seed = torch.full_like(out.leaves[0], state.loss_scale)
+            grads = [seed if i == 0 else torch.zeros_like(y) for i, y in enumerate(out.carriers())]
+            state.grads[unit.index, mb] = grads if out.needs_grad[0] else []
 
     # -- backward --------------------------------------------------------------------------------
 
@@ -190,6 +226,7 @@ class Executor:
             stage = self._stage_of_unit[u]
             if u == self._stages[stage][-1] and stage + 1 < len(self._stages):
                 state.grads[u, mb] = self._stage_grads(stage, mb, state)
+            self._ready(u)
             unit.grads.deferring = deferring
             found = cut.backward(state.passes.pop((u, mb)), state.grads.pop((u, mb)), unit.params, unit.grads)
             self.activations.release(unit, state.signatures[mb])
@@ -221,7 +258,7 @@ class Executor:
         if kind == "grad":
             self._wire.send(state.grads.pop((self._stages[stage][0] - 1, mb)), peer)
             return
-        x = state.acts.pop((stage, mb))
+        x = state.outs.pop((self._stages[stage][-1], mb))
         meta = meta_of(x)
         signature = state.signatures[mb]
         if signature in state.unknown:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 ALIGN = 64
 """Elements. A shard starts on a cache line and a vector in every dtype, and between the blocks of
@@ -74,22 +75,33 @@ class Entry:
     unit: int
     shape: tuple[int, ...]
     dtype: str
+    tied: bool = False
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """Parameters share a bucket only with their like: tied ones are reduced at another time."""
+        return self.dtype, self.tied
 
 
 def layout(params: Sequence[Entry], *, bucket_numel: int, dp: int) -> tuple[Bucket, ...]:
-    """Buckets of one dtype, of at least one parameter and otherwise at most ``bucket_numel`` elements.
+    """Buckets of one kind, of at least one parameter and otherwise at most ``bucket_numel`` elements.
 
-    params: in unit order, which is the order that reduces.
+    params: in unit order. A unit's parameters stay together where they fit, so that gathering a
+    bucket for a unit gathers little else.
     """
     runs: list[list[Entry]] = []
     filled = 0
-    for entry in params:
-        n = math.prod(entry.shape)
-        if not runs or filled + n > bucket_numel or runs[-1][-1].dtype != entry.dtype:
-            runs.append([])
-            filled = 0
-        runs[-1].append(entry)
-        filled += n
+    for _, group in groupby(params, key=lambda e: e.unit):
+        entries = list(group)
+        whole = sum(math.prod(e.shape) for e in entries)
+        fits = filled + whole <= bucket_numel
+        for e in entries:
+            n = math.prod(e.shape)
+            if not runs or not fits or filled + n > bucket_numel or runs[-1][-1].kind != e.kind:
+                runs.append([])
+                filled, fits = 0, True
+            runs[-1].append(e)
+            filled += n
     return tuple(_bucket(i, run, dp) for i, run in enumerate(runs))
 
 

@@ -1,35 +1,36 @@
 """Parameters, gradients and optimizer state of one rank, in the flat layout, and the actions on them.
 
-Handlers of TIE, REDUCE, STEP and UNSHARD. Which bytes live where is the placement's choice; which
+Handlers of TIE, REDUCE, STEP, UNSHARD and RESHARD. Which bytes live where is the placement's choice; which
 numbers are added in which order is the same for all of them:
 
     gradient = sum over dp ranks, in rank order, of (sum over uses in unit order, of
                (sum over microbatches in order))
 
-so stages 0 and 1 end in the same bits (stage 0 reduces by reduce_scatter and then gathers).
+so all stages end in the same bits (stage 0 reduces by reduce_scatter and then gathers). With cadence
+``microbatch`` the two inner sums change places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from ..actions import Action
-from ..groups.base import Group, Work
+from ..groups.base import Group
 from ..native import Pool
 from ..optim import Hyper, Optimizer
 from ..placement import Placement
 from ..shards import ShardSpec
 from . import ties as tied
+from .bucket import BucketState, allocate, residency, settle_down
 from .executor import Handler, StepState
 from .flat import Bucket, Entry, Slot, layout, pieces
+from .guard import guard
 from .ties import Tie
 from .weight_grads import Accumulator
-
-ACCUMULATE = {torch.float64: torch.float64}
-"""Dtype of gradients, masters and moments by parameter dtype; fp32 where not listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +42,6 @@ class LocalParam:
     param: torch.nn.Parameter
     spec: ShardSpec
     tie: Tie | None = None
-
-
-@dataclass(slots=True)
-class BucketState:
-    """The tensors of one bucket. All flat; ``update_*`` are what this rank's STEP updates."""
-
-    bucket: Bucket
-    params: torch.Tensor
-    grads: torch.Tensor
-    shard: slice
-    """This dp rank's part of the bucket."""
-    updates: slice
-    """What STEP updates here: the shard, or the whole bucket."""
-    master: torch.Tensor
-    """Parameters in accumulation precision over ``updates``; a view of params where the dtypes agree."""
-    states: dict[str, torch.Tensor]
-    segments: list[tuple[slice, bool]]
-    """Runs of equal decay inside ``updates``, relative to its start."""
-    uses: dict[str, list[Accumulator]] = field(default_factory=dict)
-    """Accumulators by slot name, in unit order; the first writes straight into grads."""
-    gather: Work | None = None
-    reduction: Work | None = None
 
 
 class ShardedState:
@@ -98,9 +77,15 @@ class ShardedState:
         """By canonical name, in unit order; of tied uses the first on this rank."""
         for p in params:
             self.params.setdefault(p.name, p)
-        entries = self._entries(params)
-        bucket_numel = max(1, placement.bucket_bytes // 4)
-        self.buckets = tuple(self._allocate(b, params) for b in layout(entries, bucket_numel=bucket_numel, dp=dp.size))
+        self.buckets = tuple(
+            self._allocate(b, params)
+            for b in layout(self._entries(params), bucket_numel=max(1, placement.bucket_bytes // 4), dp=dp.size)
+        )
+        self._of_unit: dict[int, list[BucketState]] = {}
+        for p in params:
+            state = next(b for b in self.buckets if p.name in b.uses)
+            if state.residency.params and state not in self._of_unit.setdefault(p.unit, []):
+                self._of_unit[p.unit].append(state)
 
     # -- building --------------------------------------------------------------------------------
 
@@ -111,47 +96,37 @@ class ShardedState:
             if p.name not in seen:
                 seen.add(p.name)
                 dtype = str(p.param.dtype).removeprefix("torch.")
-                entries.append(Entry(p.name, p.unit, tuple(p.param.shape), dtype))
+                entries.append(Entry(p.name, p.unit, tuple(p.param.shape), dtype, tied=p.tie is not None))
         return entries
 
     def _allocate(self, bucket: Bucket, params: Sequence[LocalParam]) -> BucketState:
-        dtype: torch.dtype = getattr(torch, bucket.dtype)
-        acc = ACCUMULATE.get(dtype, torch.float32)
+        tied = any(self.params[s.name].tie is not None for s in bucket.slots)
+        rows = residency(self._placement, tied=tied, dp=self._dp.size)
         lo, hi = bucket.shard(self._dp.rank, self._dp.size)
-        updates = slice(lo, hi) if self._placement.optimizer.sharded else slice(0, bucket.numel)
-        flat = torch.zeros(bucket.numel, dtype=dtype, device=self._device)
-        grads = torch.zeros(bucket.numel, dtype=acc, device=self._device)
-        state = BucketState(
-            bucket=bucket,
-            params=flat,
-            grads=grads,
-            shard=slice(lo, hi),
-            updates=updates,
-            master=flat[updates],
-            states={
-                n: torch.zeros(updates.stop - updates.start, dtype=acc, device=self._device)
-                for n in self._optimizer.states
-            },
-            segments=self._segments(bucket, updates),
+        state = allocate(
+            bucket,
+            rows,
+            rank=self._dp.rank,
+            dp=self._dp.size,
+            states=self._optimizer.states,
+            segments=self._segments(bucket, slice(lo, hi) if rows.optimizer else slice(0, bucket.numel)),
+            device=self._device,
         )
         for slot in bucket.slots:
-            self._adopt(state, slot, [p for p in params if p.name == slot.name], acc)
-        if acc != dtype:
-            state.master = flat[updates].to(acc)
+            self._adopt(state, slot, [p for p in params if p.name == slot.name])
+        settle_down(state)
         return state
 
-    def _adopt(self, state: BucketState, slot: Slot, uses: Sequence[LocalParam], acc: torch.dtype) -> None:
+    def _adopt(self, state: BucketState, slot: Slot, uses: Sequence[LocalParam]) -> None:
         """Make the parameter a view of the flat buffer and give each use its accumulator."""
-        view = state.params[slot.offset : slot.stop].view(slot.shape)
+        view = state.params.tensor[slot.offset : slot.stop].view(slot.shape)
         view.copy_(uses[0].param.detach())
+        grad = state.grads.tensor[slot.offset : slot.stop].view(slot.shape)
         for i, use in enumerate(uses):
             use.param.data = view
-            out = (
-                state.grads[slot.offset : slot.stop].view(slot.shape)
-                if i == 0
-                else torch.zeros(slot.shape, dtype=acc, device=self._device)
-            )
-            accumulator = Accumulator(slot.name, out)
+            if state.residency.params:
+                guard(use.param, slot.name, lambda: state.params.whole)
+            accumulator = Accumulator(slot.name, grad if i == 0 else torch.zeros_like(grad))
             self.uses[use.unit, id(use.param)] = accumulator
             state.uses.setdefault(slot.name, []).append(accumulator)
 
@@ -173,21 +148,29 @@ class ShardedState:
     # -- a step ----------------------------------------------------------------------------------
 
     def handlers(self) -> dict[str, Handler]:
-        return {"TIE": self._tie, "REDUCE": self._reduce, "STEP": self._step, "UNSHARD": self._unshard}
+        return {
+            "TIE": self._tie,
+            "REDUCE": self._reduce,
+            "STEP": self._step,
+            "UNSHARD": self._unshard,
+            "RESHARD": self._reshard,
+        }
 
     def begin_step(self) -> None:
         """Gradients start anew: the first write of the step overwrites."""
         for state in self.buckets:
-            for uses in state.uses.values():
-                for use in uses:
-                    use.fresh = True
+            state.refresh()
+            state.folded = False
 
     def end_step(self) -> None:
-        """Wait until every rank's parameters are whole again."""
+        """Wait until every rank's parameters are as the placement keeps them."""
         for state in self.buckets:
-            if state.gather is not None:
-                state.gather.wait()
-                state.gather = None
+            _finish_gather(state)
+
+    def ready(self, unit: int) -> None:
+        """Wait for the parameters that a unit is about to use."""
+        for state in self._of_unit.get(unit, ()):
+            _finish_gather(state)
 
     def _bucket(self, action: Action) -> BucketState:
         return self.buckets[action.subject.index or 0]
@@ -217,37 +200,59 @@ class ShardedState:
         tied.sum_uses(gathered, order, uses[0].out)
 
     def _reduce(self, action: Action, step: StepState) -> None:
+        """Post the sum over dp of a bucket: into this rank's part of the whole gradient, which it may alias."""
         state = self._bucket(action)
-        for slot in state.bucket.slots:
-            state.uses[slot.name][0].settle()
+        state.settle()
         self._sum_partial(state)
         if self._dp.size > 1:
-            state.reduction = self._dp.reduce_scatter(state.grads[state.shard], state.grads)
+            grads = state.grads.tensor
+            state.reduction = self._dp.reduce_scatter(grads[state.shard], grads)
 
     def _sum_partial(self, state: BucketState) -> None:
         """Sum over tp the gradients of replicated parameters that saw only part of the sequence."""
         partial = [s for s in state.bucket.slots if self.params[s.name].spec.partial_grad]
         if not partial or self._tp.size == 1:
             return
-        views = [state.grads[s.offset : s.stop] for s in partial]
+        views = [state.grads.tensor[s.offset : s.stop] for s in partial]
         packed = torch.cat(views)
         self._tp.all_reduce(packed).wait()
         for view, part in zip(views, torch.split(packed, [v.numel() for v in views]), strict=True):
             view.copy_(part)
 
+    def _reshard(self, action: Action, step: StepState) -> None:
+        """Keep only this rank's part: of the parameters, or of a reduced gradient, which is added to those before."""
+        state = self._bucket(action)
+        if action.subject.kind == "params":
+            _finish_gather(state)
+            if state.residency.params:
+                state.params.release()
+            return
+        _finish_reduction(state)
+        if state.residency.each or state.residency.grads:
+            mine = state.grads.tensor[state.shard]
+            if state.folded:
+                state.grad_shard.add_(mine)
+            else:
+                state.grad_shard.copy_(mine)
+            state.folded = True
+            state.refresh()
+        if state.residency.grads:
+            state.grads.release()
+
     def wait_reduced(self) -> None:
-        """Gradients of this rank's shards are final."""
+        """Gradients are final: this rank's shards, or all of them where the update is not sharded."""
         for state in self.buckets:
-            if state.reduction is not None:
-                state.reduction.wait()
-                state.reduction = None
-                if not self._placement.optimizer.sharded:
-                    self._dp.all_gather(state.grads, state.grads[state.shard]).wait()
+            _finish_reduction(state)
+            if state.residency.optimizer:
+                continue
+            if self._dp.size > 1:
+                self._dp.all_gather(state.grads.tensor, state.grad_shard).wait()
+            elif state.residency.each:
+                state.grads.tensor.copy_(state.grad_shard)
 
     def _step(self, action: Action, step: StepState) -> None:
         state = self._bucket(action)
-        grads = state.grads[state.updates]
-        low = None if state.master.dtype == state.params.dtype else state.params[state.updates]
+        grads, low = state.final_grads, state.low
         for part, decay in state.segments:
             self._optimizer.update(
                 state.master[part],
@@ -258,9 +263,31 @@ class ShardedState:
             )
 
     def _unshard(self, action: Action, step: StepState) -> None:
+        """Make room for a whole gradient, or post the gather of the parameters."""
         state = self._bucket(action)
-        if self._dp.size > 1:
-            state.gather = self._dp.all_gather(state.params, state.params[state.shard])
+        if action.subject.kind == "grads":
+            state.grads.provide()
+        elif self._dp.size > 1:
+            state.gather = self._dp.all_gather(state.params.provide(), state.param_shard)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Whole parameters for reading and writing between steps; collective over dp.
+
+        What is written is kept: by the rank that owns the part, so every rank must write the same.
+        """
+        everything = [s for s in self.buckets if s.residency.params]
+        for state in everything:
+            self._dp.all_gather(state.params.provide(), state.param_shard).wait()
+        try:
+            yield
+        finally:
+            for state in self.buckets:
+                if state.residency.params:
+                    state.param_shard.copy_(state.params.tensor[state.shard])
+                    state.params.release()
+                if state.low is not None:
+                    state.master.copy_(state.low)
 
     # -- views for others ------------------------------------------------------------------------
 
@@ -274,20 +301,23 @@ class ShardedState:
                 replicated = p.spec.dim is None
                 elsewhere = p.tie is not None and p.tie.coords[0] != self._coord
                 if not elsewhere and not (replicated and self._tp.rank > 0):
-                    out.append(state.grads[piece.start : piece.stop])
+                    start = state.shard.start
+                    out.append(state.grad_shard[piece.start - start : piece.stop - start])
         return out
 
     def whole(self, kind: str) -> dict[str, torch.Tensor]:
         """Local (tp shard) tensors by name, whole over dp: ``params``, ``master`` or a state of the optimizer."""
         out = {}
         for state in self.buckets:
-            flat = state.params if kind == "params" else self._gathered(state, kind)
+            flat = self._gathered(state, kind)
             for slot in state.bucket.slots:
                 out[slot.name] = flat[slot.offset : slot.stop].view(slot.shape)
         return out
 
     def _gathered(self, state: BucketState, kind: str) -> torch.Tensor:
-        mine = state.master if kind == "master" else state.states[kind]
+        if kind == "params" and state.params.whole:
+            return state.params.tensor
+        mine = {"params": state.param_shard, "master": state.master, **state.states}[kind]
         if mine.numel() == state.bucket.numel:
             return mine
         full = mine.new_empty(state.bucket.numel)
@@ -295,11 +325,21 @@ class ShardedState:
         return full
 
     def bytes(self) -> dict[str, int]:
-        """Bytes by class of state."""
+        """Bytes held now, by class of state."""
         total = dict.fromkeys(("params", "grads", "optimizer"), 0)
-        for s in self.buckets:
-            total["params"] += s.params.nbytes
-            total["grads"] += s.grads.nbytes + sum(u.out.nbytes for uses in s.uses.values() for u in uses[1:])
-            total["optimizer"] += sum(t.nbytes for t in s.states.values())
-            total["optimizer"] += s.master.nbytes if s.master.dtype != s.params.dtype else 0
+        for state in self.buckets:
+            for name, size in state.bytes().items():
+                total[name] += size
         return total
+
+
+def _finish_gather(state: BucketState) -> None:
+    if state.gather is not None:
+        state.gather.wait()
+        state.gather = None
+
+
+def _finish_reduction(state: BucketState) -> None:
+    if state.reduction is not None:
+        state.reduction.wait()
+        state.reduction = None

@@ -16,13 +16,18 @@ SUBJECTS = {
     **dict.fromkeys(COMPUTE, ("stage", "unit")),
     **dict.fromkeys(TRANSFER, ("act", "grad")),
     **dict.fromkeys(("TIE", "REDUCE"), ("grads",)),
-    **dict.fromkeys(("STEP", "UNSHARD"), ("params",)),
+    **dict.fromkeys(("UNSHARD", "RESHARD"), ("params", "grads")),
+    "STEP": ("params",),
     **dict.fromkeys(("WEIGH", "CLIP"), ("all",)),
 }
 """What each operation may be about. An operation without a row has no rule, and is refused."""
 
 Whole = tuple[str, int, int]
 """Operation, stage and microbatch of a compute action, whole or made of unit actions."""
+StateKey = tuple[int, str, Subject, int | None]
+"""Rank, operation, subject and microbatch (None: once a step) of a state action."""
+REPEATED = ("UNSHARD", "RESHARD")
+"""State actions that may come several times."""
 Boundary = tuple[Subject, int]
 """A boundary tensor: activation or gradient, and its microbatch."""
 
@@ -45,8 +50,8 @@ class Facts:
     spans: dict[Whole, Span] = field(default_factory=dict)
     sends: dict[Boundary, Place] = field(default_factory=dict)
     recvs: dict[Boundary, Place] = field(default_factory=dict)
-    state: dict[tuple[int, str, Subject], int] = field(default_factory=dict)
-    """Step of a state action by (rank, op, subject)."""
+    state: dict[StateKey, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """Steps of a state action by (rank, op, subject, microbatch), ascending."""
     unit_parts: dict[Whole, list[tuple[int, Place]]] = field(default_factory=lambda: defaultdict(list))
     """The unit actions of a stage's compute action, in program order."""
 
@@ -92,10 +97,11 @@ def _check_form(facts: Facts, place: Place, action: Action) -> None:
             f"{at(program, place)}: the subject needs {'a' if action.subject.index is None else 'no'} number",
             [place],
         )
-    if action.op in STATE:
-        if action.microbatch is not None:
-            refuse(program, f"{at(program, place)}: {action.op} has no microbatch", [place])
-    elif action.microbatch is None or not 0 <= action.microbatch < program.microbatches:
+    if action.op in STATE and action.microbatch is None:
+        return
+    if action.op in STATE and action.subject.kind != "grads":
+        refuse(program, f"{at(program, place)}: {action.op} of {action.subject.kind} has no microbatch", [place])
+    if action.microbatch is None or not 0 <= action.microbatch < program.microbatches:
         refuse(program, f"{at(program, place)}: microbatches are 0 to {program.microbatches - 1}", [place])
 
 
@@ -143,9 +149,10 @@ def _read_transfer(facts: Facts, place: Place, action: Action, stage_of_unit: di
 
 def _read_state(facts: Facts, place: Place, action: Action, stage_of_unit: dict[int, int]) -> None:
     rank, step = place
-    before = facts.state.setdefault((rank, action.op, action.subject), step)
-    if before != step:
-        refuse(facts.program, f"{at(facts.program, place)} repeats step {before}", [(rank, before), place])
+    before = facts.state[rank, action.op, action.subject, action.microbatch]
+    if before and action.op not in REPEATED:
+        refuse(facts.program, f"{at(facts.program, place)} repeats step {before[0]}", [(rank, before[0]), place])
+    before.append(step)
 
 
 _READERS: dict[str, Callable[[Facts, Place, Action, dict[int, int]], None]] = {
@@ -164,9 +171,10 @@ def _join_units(facts: Facts, whole: Whole, parts: list[tuple[int, Place]]) -> N
         refuse(program, f"{op} of stage {stage}, microbatch {microbatch} runs whole and by unit", marks)
     assert facts.layout is not None  # or _read_compute had refused the units
     forward = facts.layout.units[stage]
-    want = forward if op in ("F", "R") else forward[::-1]
+    want = forward if op == "F" else forward[::-1]
     got = tuple(u for u, _ in parts)
-    if (sorted(got) if op == "W" else list(got)) != (sorted(want) if op == "W" else list(want)):
+    free = op in ("W", "R")
+    if (sorted(got) if free else list(got)) != (sorted(want) if free else list(want)):
         refuse(
             program,
             f"{op} of stage {stage}, microbatch {microbatch} runs units {list(got)}, it needs {list(want)}",

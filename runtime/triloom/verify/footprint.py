@@ -43,6 +43,6 @@ def state_footprint(layout: StateLayout | None) -> Footprint:
         "TIE": ties,
         "REDUCE": lambda coord, action: [("dp", "reduce_scatter", 0)],
         "CLIP": lambda coord, action: [("norm", "all_reduce", 0)],
-        "UNSHARD": lambda coord, action: [("dp", "all_gather", 0)],
+        "UNSHARD": lambda coord, action: [("dp", "all_gather", 0)] if action.subject.kind == "params" else [],
     }
     return lambda coord, action: table[action.op](coord, action) if action.op in table else ()

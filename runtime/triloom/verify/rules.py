@@ -33,11 +33,23 @@ def covers_every_microbatch(facts: Facts) -> None:
 def computes_in_order(facts: Facts) -> None:
     """On a rank: R after F, the backward after both, W after B, and what stages of one rank hand over."""
     for (op, stage, m), span in facts.spans.items():
+        _recomputed_first(facts, op, stage, m)
         for before in _predecessors(facts, op, stage, m):
             if before.last >= span.first:
                 late, early = (span.rank, span.first), (span.rank, before.last)
                 why = f"{at(facts.program, late)} comes before {at(facts.program, early)}, which it needs"
                 refuse(facts.program, why, [late, early])
+
+
+def _recomputed_first(facts: Facts, op: str, stage: int, m: int) -> None:
+    """Of actions cut into units, each unit's R comes before its backward."""
+    if op not in ("B", "BW"):
+        return
+    recomputed = dict(facts.unit_parts.get(("R", stage, m), ()))
+    for unit, place in facts.unit_parts.get((op, stage, m), ()):
+        if unit in recomputed and recomputed[unit] > place:
+            why = f"{at(facts.program, place)} comes before {at(facts.program, recomputed[unit])}, which it needs"
+            refuse(facts.program, why, [place, recomputed[unit]])
 
 
 def _predecessors(facts: Facts, op: str, stage: int, m: int) -> list[Span]:
@@ -48,7 +60,8 @@ def _predecessors(facts: Facts, op: str, stage: int, m: int) -> list[Span]:
         return [facts.spans["B", stage, m]]
     out = [facts.spans["F", stage, m]]
     if op != "R":
-        out += [facts.spans["R", stage, m]] if ("R", stage, m) in facts.spans else []
+        interleaved = ("R", stage, m) in facts.unit_parts and (op, stage, m) in facts.unit_parts
+        out += [facts.spans["R", stage, m]] if ("R", stage, m) in facts.spans and not interleaved else []
         if stage + 1 < len(stages) and stages[stage + 1] == stages[stage]:
             out.append(facts.backward(stage + 1, m))
     return out

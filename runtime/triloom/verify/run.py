@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..grid import Place
 from ..lanes import Lane, Lanes, Post
 from ..passes import consumed_by
+from ..passes.resident import NEEDS_PARAMS
 from .cycle import Part, Run, refuse_cycle
 from .facts import Boundary, Facts
 from .footprint import Footprint, Groups
@@ -42,8 +43,8 @@ def run(facts: Facts, lanes: Lanes, footprint: Footprint, groups: Groups) -> tup
             if action.op in TRANSFER:
                 meeting = transfers[action.subject, action.microbatch or 0]
                 _post(graph, place, meeting, _transfer_lane(lanes, rank, action), tails)
-            elif action.op in ("CLIP", "STEP"):
-                _wait_for_reduces(graph, pending, place, action)
+            else:
+                _wait_for_posted(graph, pending, place, action)
             for name, meeting in collectives.issue(place, action):
                 posted = action.op in POSTED
                 _post(graph, place, meeting, lanes(Post(rank, action.op, group=name)) if posted else "main", tails)
@@ -81,10 +82,21 @@ def _wait_for_transfers(graph: Run, transfers: dict[Boundary, int]) -> None:
             graph.wait(transfers[received, microbatch], graph.start((span.rank, span.first)))
 
 
-def _wait_for_reduces(graph: Run, pending: dict[Subject, list[int]], place: Place, action: Action) -> None:
-    """CLIP waits for every REDUCE of the rank, STEP for its bucket's."""
-    waits = {"CLIP": [s for s in pending if s.kind == "grads"], "STEP": [Subject("grads", action.subject.index)]}
-    for subject in waits.get(action.op, ()):
+def _wait_for_posted(graph: Run, pending: dict[Subject, list[int]], place: Place, action: Action) -> None:
+    """CLIP waits for every REDUCE of the rank, STEP for its bucket's, RESHARD for what it ends, a compute for
+    the parameters it uses."""
+    if not pending:
+        return
+    layout, waits = graph.facts.layout, []
+    if action.op == "CLIP":
+        waits = [s for s in pending if s.kind == "grads"]
+    elif action.op == "STEP":
+        waits = [Subject("grads", action.subject.index)]
+    elif action.op == "RESHARD":
+        waits = [action.subject]
+    elif action.op in NEEDS_PARAMS and layout is not None:
+        waits = [Subject("params", b.index) for b in layout.touched(place[0], action)]
+    for subject in waits:
         for meeting in pending.pop(subject, []):
             graph.wait(meeting, graph.start(place))
 

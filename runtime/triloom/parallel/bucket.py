@@ -1,0 +1,182 @@
+"""The tensors of one bucket: which are whole, which are a shard, and when.
+
+Views into a flat tensor stay valid while its storage is given back and taken again, so parameters and
+accumulators are made once. A flat tensor that is sharded has bytes only between UNSHARD and RESHARD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..groups.base import Work
+from ..placement import Placement
+from .flat import Bucket
+from .weight_grads import Accumulator
+
+ACCUMULATE = {torch.float64: torch.float64}
+"""Dtype of gradients, masters and moments by parameter dtype; fp32 where not listed."""
+
+
+class Flat:
+    """A flat tensor whose storage can be given back."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.zeros(numel, dtype=dtype, device=device)
+        self.whole = True
+        self._bytes = self.tensor.untyped_storage().nbytes()
+
+    def provide(self) -> torch.Tensor:
+        """Take memory; the contents are undefined."""
+        if not self.whole:
+            self.tensor.untyped_storage().resize_(self._bytes)
+            self.whole = True
+        return self.tensor
+
+    def release(self) -> None:
+        """Give the memory back. Reading a view is undefined from now on."""
+        self.tensor.untyped_storage().resize_(0)
+        self.whole = False
+
+    @property
+    def nbytes(self) -> int:
+        return self._bytes if self.whole else 0
+
+
+@dataclass(frozen=True)
+class Residency:
+    """The columns of the placement as they hold for one bucket on one dp group."""
+
+    params: bool
+    """Parameters are whole only around their use."""
+    grads: bool
+    """Gradients are whole only from a microbatch's first to its reduction."""
+    each: bool
+    """Reduced after each microbatch and folded into a shard."""
+    optimizer: bool
+    """STEP updates this rank's shard only."""
+
+
+def residency(placement: Placement, *, tied: bool, dp: int) -> Residency:
+    """With one dp rank the shard is the whole, and nothing is gathered or given back."""
+    many = dp > 1
+    return Residency(
+        params=placement.params.sharded and many,
+        grads=placement.grads.sharded and many and not tied,
+        each=placement.cadence == "microbatch" and not tied,
+        optimizer=placement.optimizer.sharded,
+    )
+
+
+@dataclass(slots=True)
+class BucketState:
+    """The tensors of one bucket. All flat."""
+
+    bucket: Bucket
+    residency: Residency
+    shard: slice
+    """This dp rank's part of the bucket."""
+    updates: slice
+    """What STEP updates here: the shard, or the whole bucket."""
+    params: Flat
+    grads: Flat
+    param_shard: torch.Tensor
+    """This rank's part of the parameters: a view of them, or all there is of them between uses."""
+    grad_shard: torch.Tensor
+    """This rank's part of the reduced gradient: a view of the gradients, or what they are folded into."""
+    master: torch.Tensor
+    """Parameters in accumulation precision over ``updates``; a view of the parameters where the dtypes agree."""
+    states: dict[str, torch.Tensor]
+    segments: list[tuple[slice, bool]]
+    """Runs of equal decay inside ``updates``, relative to its start."""
+    uses: dict[str, list[Accumulator]] = field(default_factory=dict)
+    """Accumulators by slot name, in unit order; the first writes straight into grads."""
+    folded: bool = False
+    """Whether grad_shard holds earlier microbatches of this step."""
+    gather: Work | None = None
+    reduction: Work | None = None
+
+    @property
+    def low(self) -> torch.Tensor | None:
+        """Where STEP writes its copy in the parameters' dtype, if the master is separate."""
+        if self.master.dtype == self.params.tensor.dtype:
+            return None
+        return self.param_shard if self.residency.optimizer else self.params.tensor[self.updates]
+
+    @property
+    def final_grads(self) -> torch.Tensor:
+        """The gradient STEP reads, over ``updates``."""
+        return self.grad_shard if self.residency.optimizer else self.grads.tensor[self.updates]
+
+    def settle(self) -> None:
+        """Zero what nothing wrote."""
+        for uses in self.uses.values():
+            uses[0].settle()
+
+    def refresh(self) -> None:
+        """The next write of each accumulator overwrites."""
+        for uses in self.uses.values():
+            for use in uses:
+                use.fresh = True
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes held now, by class."""
+        extra = sum(u.out.nbytes for uses in self.uses.values() for u in uses[1:])
+        own_master = self.master.dtype != self.params.tensor.dtype
+        return {
+            "params": self.params.nbytes + (self.param_shard.nbytes if self.residency.params else 0),
+            "grads": self.grads.nbytes
+            + (self.grad_shard.nbytes if self.residency.each or self.residency.grads else 0)
+            + extra,
+            "optimizer": sum(t.nbytes for t in self.states.values()) + (self.master.nbytes if own_master else 0),
+        }
+
+
+def allocate(
+    bucket: Bucket,
+    residency: Residency,
+    *,
+    rank: int,
+    dp: int,
+    states: Sequence[str],
+    segments: list[tuple[slice, bool]],
+    device: torch.device,
+) -> BucketState:
+    """The tensors of a bucket, all zero and whole; :func:`settle_down` follows once parameters are in."""
+    dtype: torch.dtype = getattr(torch, bucket.dtype)
+    acc = ACCUMULATE.get(dtype, torch.float32)
+    lo, hi = bucket.shard(rank, dp)
+    updates = slice(lo, hi) if residency.optimizer else slice(0, bucket.numel)
+    params, grads = Flat(bucket.numel, dtype, device), Flat(bucket.numel, acc, device)
+    own_params = torch.zeros(hi - lo, dtype=dtype, device=device) if residency.params else params.tensor[lo:hi]
+    separate = residency.each or residency.grads
+    own_grads = torch.zeros(hi - lo, dtype=acc, device=device) if separate else grads.tensor[lo:hi]
+    return BucketState(
+        bucket=bucket,
+        residency=residency,
+        shard=slice(lo, hi),
+        updates=updates,
+        params=params,
+        grads=grads,
+        param_shard=own_params,
+        grad_shard=own_grads,
+        master=own_params if residency.optimizer else params.tensor[updates],
+        states={n: torch.zeros(updates.stop - updates.start, dtype=acc, device=device) for n in states},
+        segments=segments,
+    )
+
+
+def settle_down(state: BucketState) -> None:
+    """Take this rank's shards of the initial parameters and give back what the placement does not keep whole."""
+    if state.residency.params:
+        state.param_shard.copy_(state.params.tensor[state.shard])
+    acc = state.grad_shard.dtype
+    if acc != state.params.tensor.dtype:
+        whole = state.param_shard if state.residency.optimizer else state.params.tensor[state.updates]
+        state.master = whole.to(acc)
+    if state.residency.params:
+        state.params.release()
+    if state.residency.grads:
+        state.grads.release()
