@@ -85,6 +85,11 @@ class Costs:
             raise ConfigError(f"costs.rank has {len(self.rank)} factors for {max(where) + 1} pipeline coordinates")
         return [t * self.rank[c] for t, c in zip(each, where, strict=True)]
 
+    def fits(self, where: Sequence[int]) -> bool:
+        """Whether every list of costs has a number for each of these stages."""
+        lists = (getattr(self, f.name) for f in fields(self) if f.name not in ("rank", "units", "state"))
+        return all(len(x) == len(where) for x in lists if isinstance(x, Sequence))
+
     def memory(self, where: Sequence[int]) -> tuple[list[float], list[float]]:
         """What each stage holds from F to the backward, and from B to W."""
         deferred = self.held if self.deferred is None else self.deferred

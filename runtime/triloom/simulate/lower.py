@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..actions import COMPUTE as COMPUTE_OPS
@@ -26,6 +26,18 @@ class Task(NamedTuple):
     latency: float = 0.0
     occupied: float = 0.0
     link: int = 0
+
+
+def hop(costs: Costs, where: Sequence[int], kind: str, stage: int) -> tuple[float, float]:
+    """Latency and seconds on the link of a stage's activation (``act``) or input gradient (``grad``).
+
+    Nothing if there is no stage to take it, or if that is on the same coordinate.
+    """
+    other = stage + 1 if kind == "act" else stage - 1
+    if not 0 <= other < len(where) or where[other] == where[stage]:
+        return 0.0, 0.0
+    size = costs.bytes_out(where)[min(stage, other)]
+    return per_hop(costs.comm, where[stage], where[other]), size / per_hop(costs.bandwidth, where[stage], where[other])
 
 
 class Lowering:
@@ -58,11 +70,9 @@ class Lowering:
         """Latency, seconds on the link and number of the link of a stage's activation or gradient."""
         other = stage + 1 if kind == "act" else stage - 1
         if not 0 <= other < len(self.where) or self.where[other] == self.where[stage]:
-            return 0.0, 0.0, 0
-        ends = self.where[stage], self.where[other]
-        size = self.costs.bytes_out(self.where)[min(stage, other)]
-        occupied = size / per_hop(self.costs.bandwidth, *ends)
-        return per_hop(self.costs.comm, *ends), occupied, ends[0] * len(self.program.ranks) + ends[1]
+            return 0.0, 0.0, -1
+        link = self.where[stage] * len(self.program.ranks) + self.where[other]
+        return *hop(self.costs, self.where, kind, stage), link
 
     # -- computes ------------------------------------------------------------------------------------
 
@@ -78,15 +88,15 @@ class Lowering:
         stages, m = len(self.where), self.count
         if op == "F":
             need = (stage - 1) * m + microbatch if first and stage > 0 else -1
-            made, hop = stage * m + microbatch if last and stage + 1 < stages else -1, stage
+            made, line = stage * m + microbatch if last and stage + 1 < stages else -1, stage
         elif op in INPUT_GRADIENT:
             need = (stages + stage + 1) * m + microbatch if first and stage + 1 < stages else -1
-            made, hop = (stages + stage) * m + microbatch if last and stage > 0 else -1, stages + stage
+            made, line = (stages + stage) * m + microbatch if last and stage > 0 else -1, stages + stage
         else:
             return Task(WORK, -1, seconds, -1)
-        if made >= 0 and self.explicit and self.hops[hop][2]:
+        if made >= 0 and self.explicit and self.hops[line][2] >= 0:
             made = -1  # its SEND hands it over
-        return Task(WORK, need, seconds, made, *self.hops[hop])
+        return Task(WORK, need, seconds, made, *self.hops[line])
 
     def _unit(self, action: Action) -> Task:
         unit, op = action.subject.index or 0, action.op
