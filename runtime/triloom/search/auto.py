@@ -17,6 +17,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import inf
 
 from ..actions import Program
 from ..errors import ConfigError
@@ -105,7 +106,7 @@ def automatic(costs: Costs, *, memory: Limit = None, split: bool = True) -> Sche
 
 
 def _limits(memory: Limit, ranks: int) -> list[float]:
-    limit = list(memory) if isinstance(memory, Sequence) else [float("inf") if memory is None else memory] * ranks
+    limit = list(memory) if isinstance(memory, Sequence) else [inf if memory is None else memory] * ranks
     if len(limit) != ranks or not all(x > 0 for x in limit):
         raise ConfigError(f"the memory limit must be one positive number, or one for each of {ranks} ranks: {memory!r}")
     return limit
@@ -141,6 +142,7 @@ class _Search:
     def __init__(self, loom: Loom, effort: int) -> None:
         self.loom, self.effort, self.tried = loom, effort, 0
         self.best: Woven | None = None
+        self.figure = (inf, inf)
         self.orders: list[Order] = []
         self.patience = PATIENCE[0]
         self.cost = (3 if loom.split else 2) * loom.stages * loom.m
@@ -168,9 +170,9 @@ class _Search:
             woven = self.loom.weave(orders, patience)
             if woven is None:
                 return
-            if self.best is None or (
-                _figure(woven) <= _figure(self.best) if equal else _figure(woven) < _figure(self.best)
-            ):
+            figure = _figure(woven)
+            if figure < self.figure or (equal and figure == self.figure):
+                self.figure = figure
                 self.best, self.orders, self.patience = woven, orders, patience
 
 

@@ -18,7 +18,8 @@ from ..simulate.lower import hop
 ROUNDING = 1e-9
 
 Order = list[int]
-"""F of (stage s, microbatch k) is s m + k, B is (S + s) m + k, W is (2 S + s) m + k, with S stages and m microbatches."""
+"""Actions as numbers: with S stages and m microbatches, F of (stage s, microbatch k) is s m + k, B is (S + s) m + k,
+W is (2 S + s) m + k."""
 
 
 @dataclass(frozen=True)
