@@ -37,9 +37,7 @@ BENCHES: dict[str, Bench] = {
     "pp": Bench("pp=2, 1F1B with 8 microbatches, against torch.distributed.pipelining", (step("pp"),)),
     "zero": Bench("ZeRO-1 on dp=2 against DeepSpeed", (step("zero"),)),
     "memory": Bench("peak memory of every rank, each contender alone", memory()),
-    "adamw": Bench(
-        "the optimizer's update against torch's fused AdamW", (Launch(1, "adamw", structured=False),)
-    ),
+    "adamw": Bench("the optimizer's update against torch's fused AdamW", (Launch(1, "adamw", structured=False),)),
     "group_latency": Bench(
         "operations of the MPI group: latency, bandwidth, overlap", (Launch(2, "group_latency", structured=False),)
     ),

@@ -152,7 +152,9 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [f"{result['title']}   ({result['rounds']} rounds, medians)"]
     for name, c in result["contenders"].items():
         spread = f"{c['min_s'] * 1e3:9.1f} .. {c['max_s'] * 1e3:.1f}"
-        lines.append(f"  {name:{width}}  {c['rate']:10.0f} {result['unit']}  block {c['median_s'] * 1e3:9.1f} ms {spread}")
+        lines.append(
+            f"  {name:{width}}  {c['rate']:10.0f} {result['unit']}  block {c['median_s'] * 1e3:9.1f} ms {spread}"
+        )
     for r in result["ratios"]:
         verdict = "" if r["target"] is None else f"  target {r['target']:.2f}: {'met' if r['met'] else 'MISSED'}"
         lines.append(f"  {r['ours']} / {r['peer']} = {r['median']:.3f}  ({r['min']:.2f} .. {r['max']:.2f}){verdict}")

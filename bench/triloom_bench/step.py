@@ -105,9 +105,7 @@ CASES: dict[str, Case] = {
 
 
 def engine_of(size: Size, world: World, ours: Ours, record: Recorder | None = None) -> Engine:
-    model = decoder(
-        gpt2(vocab=size.vocab, hidden=size.hidden, layers=size.layers, heads=size.heads, max_seq=size.seq)
-    )
+    model = decoder(gpt2(vocab=size.vocab, hidden=size.hidden, layers=size.layers, heads=size.heads, max_seq=size.seq))
     return Engine(
         model.units,
         model.loss,
@@ -159,7 +157,8 @@ def run_case(name: str, size: Size, world: World, rounds: int) -> Result:
     steps, notes = contenders(case, size, world)
     losses = {who: [step(i) for i in range(CHECKED_STEPS)] for who, step in steps.items()}
     means = harness.same_losses(world.group, losses, rtol=RTOL)
-    times = harness.interleave(world.group, {who: blocks(step, size.steps) for who, step in steps.items()}, rounds=rounds)
+    sides = {who: blocks(step, size.steps) for who, step in steps.items()}
+    times = harness.interleave(world.group, sides, rounds=rounds * size.repeat)
     batch = size.pipeline_batch if case.pipeline else size.batch
     return harness.summarise(
         f"{name}, {size.name}, {world.size} ranks x {world.threads} threads",

@@ -31,11 +31,13 @@ class Size:
     """The same where it must divide into 8 microbatches."""
     steps: int
     """Steps in a block."""
+    repeat: int
+    """Rounds run for each round asked for: short blocks, many of them."""
 
 
 SIZES = {
-    "small": Size("small", 4, 4, 128, 64, 65, 12, 16, 20),  # nanoGPT's CPU configuration
-    "large": Size("large", 8, 8, 512, 256, 256, 8, 8, 1),
+    "small": Size("small", 4, 4, 128, 64, 65, 12, 16, 5, 3),  # nanoGPT's CPU configuration
+    "large": Size("large", 8, 8, 512, 256, 256, 8, 8, 1, 1),
 }
 
 

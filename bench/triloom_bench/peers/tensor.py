@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 
 from ..work import BETAS, CLIP, EPS, LR, Setting, Step
@@ -123,7 +123,5 @@ def split_ends(model: GPT, mesh: DeviceMesh) -> None:
     even = model.embed.tokens.num_embeddings % mesh.size() == 0
     logits = Shard(-1) if even else Replicate()
     parallelize_module(model.embed, mesh, {"tokens": RowwiseParallel(input_layouts=Replicate())})
-    parallelize_module(
-        model.loss, mesh, {"head": ColwiseParallel(output_layouts=logits, use_local_output=not even)}
-    )
+    parallelize_module(model.loss, mesh, {"head": ColwiseParallel(output_layouts=logits, use_local_output=not even)})
     model.loss.head.weight = model.embed.tokens.weight
