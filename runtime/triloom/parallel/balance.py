@@ -68,8 +68,8 @@ def balance(
     program: a schedule for as many stages as are wanted. costs: links and ranks; its times and memory
     per stage are taken from the units. sizes: an explicit layout, which is only simulated. memory:
     largest peak of a rank. All layouts are tried if there are at most 200; else those near the one
-    with the smallest largest sum and near the even one, until no move of a boundary, or of two
-    boundaries together, is an improvement. Raises ConfigError if no layout (tried) fits.
+    with the smallest largest sum and near the even one, until no move of a boundary, or of up
+    to three neighbouring ones together, is an improvement. Raises ConfigError if no layout (tried) fits.
     """
     search = _Layouts(units, program, costs or Costs(), memory)
     count = len(program.stages)
@@ -150,11 +150,12 @@ class _Layouts:
     def descend(self, cuts: Cuts) -> None:
         """To the best neighbour as long as there is a better one; moves of one boundary come first."""
         here = self.try_cuts(cuts)
-        for reach in (1, len(cuts)):
+        for reach in (1, 3):
             near = ((self.try_cuts(c), c) for c in _neighbours(cuts, len(self.units), reach))
             there, best = min(near, default=(inf, cuts))
             if there < here:
-                return self.descend(best)
+                self.descend(best)
+                return
 
 
 def _neighbours(cuts: Cuts, units: int, reach: int) -> Iterator[Cuts]:

@@ -65,10 +65,14 @@ def _repeat(name: str, ranks: int, microbatches: int, steps: Steps) -> Program:
 
 
 def _block(ranks: int, steps: Steps) -> list[list[int]]:
-    """Times of a rank's actions, with the shortest waits at the three turns of the V that fit."""
-    waits = sorted(product(range(1, PERIOD + 1), repeat=3), key=sum)
-    fits = ([_row(r, ranks, steps, *w) for r in range(ranks)] for w in waits)
-    return next(block for block in fits if all(len({t % PERIOD for t in row}) == PERIOD for row in block))
+    """Times of each rank's actions: the waits at the three turns of the V that fit and hold the least."""
+
+    def held(block: list[list[int]]) -> int:
+        return max((w1 - f1) + (w0 - f0) for f0, f1, _, _, w1, w0 in block)
+
+    waits = product(range(1, PERIOD + 1), repeat=3)
+    blocks = ([_row(r, ranks, steps, *w) for r in range(ranks)] for w in waits)
+    return min((b for b in blocks if all(len({t % PERIOD for t in row}) == PERIOD for row in b)), key=held)
 
 
 def _row(rank: int, ranks: int, steps: Steps, down: int, up: int, back: int) -> list[int]:

@@ -31,8 +31,8 @@ Limit = float | Sequence[float] | None
 
 PATIENCE = (1.0, 0.5, 0.0)
 """Parts of a W that a wait must hold before it is used for one."""
-EFFORT = 3_000_000
-"""Actions woven before the search ends: two seconds or so on one core."""
+EFFORT = 2_000_000
+"""Actions woven before the search ends: a second or two on one core."""
 ROUNDING = 1e-9
 
 
