@@ -28,6 +28,7 @@ from .parallel.build import UnitLike
 from .parallel.cut import Boundary, boundary
 from .parallel.executor import Executor, Recorder, StepState, UnitRun
 from .parallel.gather import gather_full
+from .parallel.norms import Clip
 from .parallel.partition import partition
 from .parallel.sharded import LocalParam, ShardedState
 from .parallel.totals import Totals
@@ -35,6 +36,8 @@ from .parallel.weight_grads import UnitGrads
 from .parallel.wire import Wire
 from .passes import BucketInfo, StateLayout, add_communication, add_recompute, add_state
 from .placement import Placement, zero1
+from .program_file import complete
+from .scaling import Scaling, dynamic, fixed
 from .schedules import Schedule
 from .scope import Scope
 from .shards import ShardSpec, split_even
@@ -55,8 +58,14 @@ class Metrics:
     weight: float
     """Global loss weight (tokens that counted, or samples)."""
     grad_norm: float
-    """2-norm of the whole gradient before clipping."""
+    """Norm of the whole gradient before clipping."""
     lr: float
+    scale: float = 1.0
+    """What the loss was multiplied with for the backward; the norm is that of the true gradient."""
+    skipped: bool = False
+    """The gradient was not finite: no parameter, state or step count changed, on any rank."""
+    note: str = ""
+    """Where the gradient was not finite first."""
 
 
 class Engine:
@@ -71,7 +80,8 @@ class Engine:
     world: group of all ranks (``triloom.init().group``), a single rank if left out. mesh: how they are
     arranged, all data parallel if left out. schedule: a name of ``schedules.NAMED`` or a Schedule.
     microbatches: pieces each dp rank's batch is cut into. stages: number of units of each stage,
-    even if left out. clip: largest global gradient norm, None for no clipping. record: is told when each
+    even if left out. clip: largest global gradient norm (2-norm, or a Clip), None for no clipping. scaling: of the
+    loss, and how many steps with a gradient that is not finite may be skipped in a row; dynamic for fp16. record: is told when each
     action ran (``spans.Spans``).
 
     Raises ConfigError, MeshError or ProgramError, on every rank, before the first step.
@@ -88,7 +98,8 @@ class Engine:
         schedule: str | Schedule = "1f1b",
         microbatches: int = 1,
         placement: Placement | None = None,
-        clip: float | None = 1.0,
+        clip: float | Clip | None = 1.0,
+        scaling: Scaling | None = None,
         ties: Sequence[Sequence[str]] = (),
         stages: Sequence[int] | None = None,
         sequence_parallel: bool = False,
@@ -109,7 +120,7 @@ class Engine:
         self._order = order = _schedule(schedule)(pp.size, microbatches)
         self._stages = partition(len(self._named), len(order.stages), stages)
         self._where = order.stages
-        agree(self.world, "the engine's configuration", self._fingerprint(order, clip, seed, ties))
+        agree(self.world, "the engine's configuration", self._fingerprint(order, [str(clip), str(scaling), seed], ties))
         self.scope = Scope(
             tp=self.groups.axis("tp"),
             sequence_parallel=sequence_parallel and self.groups.axis("tp").size > 1,
@@ -118,7 +129,8 @@ class Engine:
             dtype=dtype,
         )
         self._build(ties)
-        self._totals = self._make_totals(clip)
+        rule = scaling or (dynamic() if dtype == torch.float16 else fixed())
+        self._totals = self._make_totals(clip, rule)
         self._executor = self._make_executor(record)
         self.program, self.verdict = self._compile(order)
         self._eval_program: Program | None = None
@@ -127,10 +139,10 @@ class Engine:
 
     # -- composition -----------------------------------------------------------------------------
 
-    def _fingerprint(self, order: Program, clip: float | None, seed: int, ties: Sequence[Sequence[str]]) -> list[Any]:
+    def _fingerprint(self, order: Program, numbers: list[Any], ties: Sequence[Sequence[str]]) -> list[Any]:
         """What must be equal on every rank, as JSON."""
         return [
-            list(self._named), order.to_csv(), clip, seed, [list(t) for t in ties], [len(s) for s in self._stages],
+            list(self._named), order.to_csv(), numbers, [list(t) for t in ties], [len(s) for s in self._stages],
             str(self.placement), type(self.optimizer).__name__,
         ]  # fmt: skip
 
@@ -169,7 +181,7 @@ class Engine:
             for u, m in self.modules.items()
         }
 
-    def _make_totals(self, clip: float | None) -> Totals:
+    def _make_totals(self, clip: float | Clip | None, scaling: Scaling) -> Totals:
         loss: Any = self.modules.get(len(self._named) - 1)
         tp = self.groups.axis("tp")
         return Totals(
@@ -178,7 +190,8 @@ class Engine:
             state=self.state,
             weigh=None if loss is None else loss.weight,
             counts=loss is not None and tp.rank == 0,
-            clip=clip,
+            clip=clip if isinstance(clip, Clip) else Clip(clip),
+            scaling=scaling,
         )
 
     def _make_executor(self, record: Recorder | None) -> Executor:
@@ -214,7 +227,7 @@ class Engine:
         self._layout = layout
         if self.placement.activations == "recompute":
             order = add_recompute(order)
-        return self._prove(add_state(add_communication(order), layout, self.placement))
+        return self._prove(complete(order, layout, self.placement))
 
     def _prove(self, program: Program) -> tuple[Program, Verdict]:
         """The proof, with the collectives of tensor parallelism inside computes and those of the state actions."""
@@ -242,8 +255,17 @@ class Engine:
         self.state.begin_step()
         self._executor.run(self._actions(self.program), state)
         self.state.end_step()
-        self.steps += 1
-        return Metrics(state.step, state.loss, state.total_weight, state.grad_norm, state.lr)
+        self.steps += not state.skipped
+        return Metrics(
+            step=state.step,
+            loss=state.loss,
+            weight=state.total_weight,
+            grad_norm=state.grad_norm,
+            lr=state.lr,
+            scale=state.scale,
+            skipped=state.skipped,
+            note=state.note,
+        )
 
     def evaluate(self, inputs: Any, targets: Any) -> Metrics:
         """Loss without a gradient or an update; gradient norm and learning rate are 0."""

@@ -56,6 +56,12 @@ class StepState:
     loss: float = float("nan")
     grad_norm: float = float("nan")
     grad_scale: float = 1.0
+    """What the optimizer multiplies the gradient with: clipping over the loss scale."""
+    scale: float = 1.0
+    """The loss scale of this step."""
+    skipped: bool = False
+    """The gradient was not finite: nothing is updated."""
+    note: str = ""
     passes: dict[tuple[int, int], Pass] = field(default_factory=dict)
     """(unit, microbatch) -> what its backward needs."""
     outs: dict[tuple[int, int], Boundary] = field(default_factory=dict)

@@ -251,6 +251,8 @@ class ShardedState:
                 state.grads.tensor.copy_(state.grad_shard)
 
     def _step(self, action: Action, step: StepState) -> None:
+        if step.skipped:
+            return
         state = self._bucket(action)
         grads, low = state.final_grads, state.low
         for part, decay in state.segments:
@@ -291,9 +293,9 @@ class ShardedState:
 
     # -- views for others ------------------------------------------------------------------------
 
-    def owned_gradients(self) -> list[torch.Tensor]:
-        """The gradients this rank contributes to the global norm, flat: its dp shard of every parameter
-        it is the first holder of (over tp for replicated, over pp for tied parameters)."""
+    def owned_gradients(self) -> list[tuple[str, torch.Tensor]]:
+        """The gradients this rank contributes to the global norm, by name and flat: its dp shard of every
+        parameter it is the first holder of (over tp for replicated, over pp for tied parameters)."""
         out = []
         for state in self.buckets:
             for piece in pieces(state.bucket, self._dp.rank, self._dp.size):
@@ -302,7 +304,7 @@ class ShardedState:
                 elsewhere = p.tie is not None and p.tie.coords[0] != self._coord
                 if not elsewhere and not (replicated and self._tp.rank > 0):
                     start = state.shard.start
-                    out.append(state.grad_shard[piece.start - start : piece.stop - start])
+                    out.append((piece.slot.name, state.grad_shard[piece.start - start : piece.stop - start]))
         return out
 
     def whole(self, kind: str) -> dict[str, torch.Tensor]:

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from .. import native
 from ..actions import Action
 from ..errors import DivergedError
 from ..groups.base import Group
+from ..groups.objects import gather_objects
+from ..scaling import Scaling, after, start
 from .executor import Handler, StepState
+from .norms import Clip, Pair
 from .sharded import ShardedState
 
 
@@ -26,7 +28,8 @@ class Totals:
 
     world: every rank; dp: this rank's data-parallel group; weigh: loss weight of one microbatch's
     targets, None where the loss unit is not; counts: whether this rank's loss counts (tp rank 0 of
-    the last stage); clip: largest allowed norm or None.
+    the last stage); clip: the norm and its limit; scaling: loss scale and what becomes of a gradient that is
+    not finite.
     """
 
     def __init__(
@@ -37,10 +40,13 @@ class Totals:
         state: ShardedState,
         weigh: Callable[[Any], torch.Tensor] | None,
         counts: bool,
-        clip: float | None,
+        clip: Clip,
+        scaling: Scaling,
     ) -> None:
         self._world, self._dp, self._state = world, dp, state
         self._weigh, self._counts, self._clip = weigh, counts, clip
+        self._rule = scaling
+        self.scaling = start(scaling)
 
     def handlers(self) -> dict[str, Handler]:
         return {"WEIGH": self._global_weight, "CLIP": self._norm_and_clip}
@@ -51,7 +57,7 @@ class Totals:
         total = torch.tensor([sum(step.weights)], dtype=torch.float64)
         self._dp.all_reduce(total).wait()
         step.total_weight = float(total)
-        step.loss_scale = 1.0 / step.total_weight if step.total_weight else 0.0
+        step.loss_scale = self.scaling.scale / step.total_weight if step.total_weight else 0.0
 
     def _weigh_locally(self, step: StepState) -> None:
         step.weights = [] if self._weigh is None else [float(self._weigh(t)) for t in step.targets]
@@ -59,33 +65,47 @@ class Totals:
     def finish_evaluation(self, step: StepState) -> None:
         """Loss and weight of a forward-only program."""
         self._weigh_locally(step)
-        self._agree(step, ())
+        self._agree(step, [])
 
     def _norm_and_clip(self, action: Action, step: StepState) -> None:
         self._state.wait_reduced()
-        pool = self._state.pool
-        parts = [x for piece in self._state.owned_gradients() for x in native.sum_squares_wide(piece, pool=pool)]
-        step.grad_norm = math.sqrt(self._agree(step, parts))
-        if not math.isfinite(step.grad_norm):
+        norm, pool = self._clip.norm, self._state.pool
+        parts = [norm.part(grad, pool) for _, grad in self._state.owned_gradients()]
+        scaled = norm.finish(self._agree(step, parts))
+        step.scale = self.scaling.scale
+        step.grad_norm = scaled / step.scale
+        step.grad_scale = self._clip.factor(step.grad_norm) / step.scale
+        step.skipped = not math.isfinite(scaled)
+        self.scaling = after(self._rule, self.scaling, not step.skipped)
+        if step.skipped:
+            self._skip(step)
+
+    def _skip(self, step: StepState) -> None:
+        """Say who had the first bad gradient; end the training if there were too many in a row."""
+        mine = next((name for name, grad in self._state.owned_gradients() if not grad.isfinite().all()), None)
+        names = gather_objects(self._world, mine)
+        found = [(r, name) for r, name in enumerate(names) if name is not None]
+        where = f"in {found[0][1]} on rank {self._world.members[found[0][0]]}" if found else "only in the sum"
+        step.note = f"gradient norm {step.grad_norm} at step {step.step}, loss {step.loss}: first {where}"
+        if self.scaling.skips > self._rule.max_skips:
             raise DivergedError(
-                f"the gradient norm is {step.grad_norm} at step {step.step} (loss {step.loss}): no weight was changed; "
+                f"{step.note}; {self.scaling.skips} steps in a row (max_skips={self._rule.max_skips}) were skipped: "
                 "lower the learning rate, check the data, or train in a wider dtype"
             )
-        if self._clip is not None:
-            step.grad_scale = min(1.0, self._clip / (step.grad_norm + 1e-6))
 
-    def _agree(self, step: StepState, parts: Sequence[float]) -> float:
-        """Set the step's loss and weight on every rank; return the sum of all ranks' ``parts``."""
+    def _agree(self, step: StepState, parts: Sequence[Pair]) -> Pair:
+        """Set the step's loss and weight on every rank; return all ranks' ``parts`` joined."""
         mine = torch.zeros(4, dtype=torch.float64)
         if self._counts:
             mine[0] = sum(float(step.losses[mb]) for mb in sorted(step.losses))
             mine[1] = sum(step.weights)
-        mine[2], mine[3] = native.wide_sum(torch.tensor(parts, dtype=torch.float64))
+        join = self._clip.norm.join
+        mine[2], mine[3] = join(parts)
         everyone = mine.new_empty(self._world.size, 4)
         self._world.all_gather(everyone, mine).wait()
         loss, step.total_weight = _exact_sum(everyone[:, 0]), _exact_sum(everyone[:, 1])
         step.loss = loss / step.total_weight if step.total_weight else 0.0
-        return _exact_sum(everyone[:, 2:].flatten())
+        return join([(high, low) for high, low in everyone[:, 2:].tolist()])
 
 
 def _exact_sum(values: torch.Tensor) -> float:
