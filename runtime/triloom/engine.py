@@ -81,8 +81,8 @@ class Engine:
     arranged, all data parallel if left out. schedule: a name of ``schedules.NAMED`` or a Schedule.
     microbatches: pieces each dp rank's batch is cut into. stages: number of units of each stage,
     even if left out. clip: largest global gradient norm (2-norm, or a Clip), None for no clipping. scaling: of the
-    loss, and how many steps with a gradient that is not finite may be skipped in a row; dynamic for fp16. record: is told when each
-    action ran (``spans.Spans``).
+    loss, and how many steps with a gradient that is not finite may be skipped in a row; dynamic for fp16.
+    record: is told when each action ran (``spans.Spans``).
 
     Raises ConfigError, MeshError or ProgramError, on every rank, before the first step.
     """

@@ -51,8 +51,7 @@ def everything(engine: Engine) -> dict[tuple[str, str], torch.Tensor]:
 
 
 @pytest.mark.parametrize("placement", NAMED)
-@pytest.mark.parametrize("dp,pp,tp", [(1, 1, 1), (3, 1, 1), (2, 2, 1), (1, 2, 2)])
-@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("dp,pp,tp,value", [(3, 1, 1, math.nan), (2, 2, 1, math.inf), (1, 2, 2, math.inf)])
 def test_all_ranks_skip_the_same_step(placement: str, dp: int, pp: int, tp: int, value: float) -> None:
     def run(group: Group) -> list[Metrics]:
         model = decoder(MODELS["gpt2"])
@@ -142,7 +141,7 @@ def test_scaling_changes_no_bit_where_nothing_overflows() -> None:
 
 
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
-@pytest.mark.parametrize("dp,pp,tp", [(1, 1, 1), (3, 1, 1), (2, 2, 1), (1, 2, 2), (1, 1, 3)])
+@pytest.mark.parametrize("dp,pp,tp", [(2, 2, 1), (1, 2, 2), (3, 1, 1)])
 def test_norms_of_every_order_equal_torch(order: float, dp: int, pp: int, tp: int) -> None:
     """With tied, tp-sharded and tp-replicated parameters, and clipping that bites."""
 
