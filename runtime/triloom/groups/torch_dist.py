@@ -6,10 +6,13 @@ same bits) is what it is over MPI. Tensors on a GPU are staged through pinned me
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import queue
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +26,10 @@ from .wired import WiredGroup
 FOREVER = timedelta(days=3650)
 """Time limit given to torch, whose own expiry would close every connection: the deadline is the group's."""
 
-HIGHEST_TAG = 2**31 - 1
+HIGHEST_TAG = 2**31 - 2
+_NEVER_SENT = 2**31 - 1
+_AT_ONCE = timedelta(milliseconds=1)
+_STOP_SECONDS = 2.0
 
 MakeProcessGroup = Callable[[str, list[int], int], Any]
 """``(unique name, members as ranks of the first wire, own rank among them)`` -> a torch ProcessGroup of its own."""
@@ -32,38 +38,66 @@ MakeProcessGroup = Callable[[str, list[int], int], Any]
 class Waiters:
     """Threads that block in torch's waits, one for each request under way: torch completes them nowhere else.
 
-    Daemon threads: one that waits for a rank that never comes does not keep the process.
+    Daemon threads, as a rank that is waited for may never come. They must not be inside torch when the interpreter
+    goes (they would end the process with SIGABRT), so that at exit every wait still under way is broken off.
     """
 
     def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._idle = 0
         self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._busy: dict[Any, int] = {}
+        """Torch process group -> requests under way."""
 
-    def submit(self, task: Callable[[], None]) -> None:
+    def submit(self, group: Any, wait: Callable[[], None]) -> None:
+        """Call ``wait``, which blocks in a request of ``group``, on some thread."""
         with self._lock:
-            enough = self._idle > 0
-            self._idle -= int(enough)
-        if not enough:
-            threading.Thread(target=self._run, name="triloom-wait", daemon=True).start()
-        self._tasks.put(task)
+            self._busy[group] = self._busy.get(group, 0) + 1
+            if self._idle:
+                self._idle -= 1
+            else:
+                if not self._threads:
+                    atexit.register(self.stop)
+                self._threads.append(threading.Thread(target=self._run, name="triloom-wait", daemon=True))
+                self._threads[-1].start()
+        self._tasks.put(lambda: self._call(group, wait))
 
     def _run(self) -> None:
         while True:
             self._tasks.get()()
+
+    def _call(self, group: Any, wait: Callable[[], None]) -> None:
+        try:
+            wait()
+        finally:
             with self._lock:
                 self._idle += 1
+                self._busy[group] -= 1
+                if not self._busy[group]:
+                    del self._busy[group]
+
+    def stop(self) -> None:
+        """Break off every wait that is under way; its group cannot be used any more."""
+        with self._lock:
+            groups = list(self._busy)
+        for group in groups:
+            with suppress(RuntimeError):  # a wait that runs out of time closes the group's connections
+                group.recv([torch.empty(1)], (group.rank() + 1) % group.size(), _NEVER_SENT).wait(_AT_ONCE)
+        until = time.monotonic() + _STOP_SECONDS
+        while self._busy and time.monotonic() < until:
+            time.sleep(0.001)
 
 
 class Request:
     """A send or a receive under way, with the interface of an MPI request."""
 
-    def __init__(self, waiters: Waiters, work: Any, what: str) -> None:
+    def __init__(self, waiters: Waiters, group: Any, work: Any, what: str) -> None:
         self._work = work
         self._what = what
         self._complete = False
         self._error: str | None = None
-        waiters.submit(self._wait)
+        waiters.submit(group, self._wait)
 
     def _wait(self) -> None:
         try:
@@ -76,6 +110,8 @@ class Request:
         """True once complete. Raises GroupError if the connection is gone."""
         if self._complete and self._error is not None:
             raise GroupError(f"{self._what}: the connection failed, that rank may have died: {self._error}")
+        if not self._complete:
+            time.sleep(0)  # lets the interpreter lock go: whoever asks again and again keeps the waiter from it
         return self._complete
 
 
@@ -115,11 +151,11 @@ class TorchWire(Wire):
 
     def isend(self, address: int, nbytes: int, peer: int, tag: int) -> Request:
         work = self._group.send([_tensor(address, nbytes)], peer, tag)
-        return Request(self._waiters, work, f"send to rank {peer}")
+        return Request(self._waiters, self._group, work, f"send to rank {peer}")
 
     def irecv(self, address: int, nbytes: int, peer: int, tag: int) -> Request:
         work = self._group.recv([_tensor(address, nbytes)], peer, tag)
-        return Request(self._waiters, work, f"recv from rank {peer}")
+        return Request(self._waiters, self._group, work, f"recv from rank {peer}")
 
     def recv_init(self, address: int, nbytes: int, peer: int, tag: int) -> PersistentReceive:
         return PersistentReceive(lambda: self.irecv(address, nbytes, peer, tag))
@@ -161,17 +197,18 @@ def below(store: Any, prefix: str) -> Any:
     return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]  # exported, not declared
 
 
-def from_store(store: Any, rank: int, size: int, *, deadline: float, name: str = "world") -> WiredGroup:
+def from_store(store: Any, rank: int, size: int, *, deadline: float, **options: Any) -> WiredGroup:
     """A group over gloo of ranks that share a torch Store; torch's registry of process groups is not touched.
 
-    store: keys below it belong to this group. Raises GroupError naming the ranks that did not come in time.
+    store: keys below it belong to this group. options: of WiredGroup. Raises GroupError naming the ranks that did
+    not come in time.
     """
 
     def make(path: str, members: list[int], own: int) -> Any:
         return dist.ProcessGroupGloo(below(store, f"gloo{path}"), own, len(members), FOREVER)
 
     _await_ranks(store, rank, size, deadline)
-    return WiredGroup(TorchWire(make("", list(range(size)), rank), make), name=name, deadline=deadline)
+    return WiredGroup(TorchWire(make("", list(range(size)), rank), make), deadline=deadline, **options)
 
 
 def _await_ranks(store: Any, rank: int, size: int, deadline: float) -> None:
