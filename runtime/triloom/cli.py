@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from . import __version__
 from .commands.schedule import run_schedule
+from .commands.timeline import run_timeline
 from .config import Config, Loaded, help_fields, load
 from .errors import ConfigError, DivergedError, ProgramError, TriloomError
 
@@ -17,6 +18,7 @@ triloom trains one model on many ranks: tensor, pipeline and data parallelism un
 
   mpirun -n 4 triloom train [--config run.toml] [--parallel.tp 2 ...]   train; see triloom train --help
   triloom schedule NAME --stages 8 --micro 32 ...   draw a pipeline schedule; see triloom schedule --help
+  triloom timeline RUN            draw a measured step under its simulation; see triloom timeline --help
   triloom demo [--dir FOLDER]     train a small transformer on 4 ranks in two ways, and compare (2 minutes)
   triloom --version               print the version
 """
@@ -66,11 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{words[0]!r} is not a command; commands are {', '.join(COMMANDS)} (triloom --help)")
     try:
         return command(words[1:])
-    except ConfigError as error:  # found without a world: by one process, or before the ranks are connected
-        return _refuse(str(error))
-    except ProgramError as error:  # one problem, and its grid
-        print(f"triloom: {error}", file=sys.stderr, flush=True)
-        return REFUSED
+    except (ConfigError, ProgramError) as error:  # found without a world: by one process, or before it is connected
+        return _refuse(error)
     except BrokenPipeError:  # whoever read the output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -97,11 +96,10 @@ def run_train(words: Sequence[str]) -> int:
                     print(describe(job))
                 return OK
             train(loaded.config, world, sources=loaded.sources)
-        except (SetupError, DivergedError) as problem:  # on every rank alike: told once
-            code = REFUSED if isinstance(problem, SetupError) else FAILED
+        except (SetupError, ProgramError, DivergedError) as problem:  # on every rank alike: told once
             if world.rank == 0:
-                _refuse(str(problem))
-            return code
+                _refuse(problem)
+            return FAILED if isinstance(problem, DivergedError) else REFUSED
     return OK
 
 
@@ -192,17 +190,19 @@ def _raise(error: TriloomError | None) -> None:
         raise error
 
 
-def _refuse(text: str) -> int:
-    """Say what is wrong, on stderr, a line per problem."""
-    lines = text.splitlines()
-    head = "triloom: " if len(lines) == 1 else f"triloom: {len(lines)} problems\n  "
-    print(head + "\n  ".join(lines), file=sys.stderr, flush=True)
+def _refuse(problem: str | TriloomError) -> int:
+    """Say what is wrong, on stderr: a line per problem, or one problem and its grid."""
+    lines = str(problem).splitlines()
+    grid = len(lines) > 1 and any(line.startswith("rank 0") for line in lines)
+    head = "triloom: " if len(lines) == 1 or grid else f"triloom: {len(lines)} problems\n  "
+    print(head + ("\n" if grid else "\n  ").join(lines), file=sys.stderr, flush=True)
     return REFUSED
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": run_train,
     "schedule": run_schedule,
+    "timeline": run_timeline,
     "demo": run_demo,
 }
 

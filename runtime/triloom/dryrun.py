@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from .config import to_toml
 from .grid import grid
 from .parallel.partition import partition
-from .passes import add_communication
 from .plan import Plan
-from .schedules import NAMED as SCHEDULES
+from .program_file import check, has_state, with_transfers
 from .train import Job
-from .verify import verify
 
 
 def describe(job: Job) -> str:
@@ -35,13 +33,16 @@ def _plan_lines(job: Job) -> Iterator[str]:
     yield from _ranks(plan)
     yield ""
     names = [*job.model.units, "loss"]
-    for stage, run in enumerate(partition(len(names), plan.mesh.axis("pp"))):
+    for stage, run in enumerate(partition(len(names), len(plan.order.stages))):
         yield f"stage {stage}: {' '.join(names[u] for u in run)}"
     yield ""
-    yield f"{config.schedule.kind}, by pipeline coordinate, before the actions on sharded state are added:"
-    program = add_communication(SCHEDULES[config.schedule.kind](plan.mesh.axis("pp"), plan.microbatches))
-    verdict = verify(program)
-    yield from grid(program).splitlines()
+    if has_state(plan.order):
+        yield f"{plan.order.name}, by pipeline coordinate; it is verified when its units are there:"
+        yield from grid(plan.order).splitlines()
+        return
+    yield f"{plan.order.name}, by pipeline coordinate, before the actions on sharded state are added:"
+    verdict = check(plan.order)
+    yield from grid(with_transfers(plan.order)).splitlines()
     yield f"proven: {'; '.join(verdict.proven)}"
     yield f"assumed: {'; '.join(verdict.assumed)}"
     yield f"microbatches in flight: {' '.join(map(str, verdict.in_flight))}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .actions import Program
 from .config import Config
 from .config.schema import ModelConfig
 from .config.show import plain
@@ -18,6 +19,8 @@ from .mesh import Mesh, check_divides, make_mesh
 from .models.config import DecoderConfig, gpt2, llama
 from .placement import NAMED as PLACEMENTS
 from .placement import Placement
+from .program_file import load_program
+from .schedules import NAMED as SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,8 @@ class Plan:
     mesh: Mesh
     placement: Placement
     decoder: DecoderConfig
+    order: Program
+    """What the pipeline runs: a schedule of compute actions, or the program of schedule.file."""
 
     @property
     def dp(self) -> int:
@@ -53,14 +58,20 @@ def make_plan(config: Config, world: int, *, data_vocab: int, sources: Mapping[s
         raise ConfigError("\n".join(problems))
     par = config.parallel
     mesh = make_mesh(world, dp=par.dp, pp=par.pp, tp=par.tp, order=par.order)
-    config = _fill(config, mesh, data_vocab)
+    program = None if config.schedule.file is None else load_program(config.schedule.file)
+    config = _fill(config, mesh, data_vocab, program)
+    order = program or SCHEDULES[config.schedule.kind or "1f1b"](mesh.axis("pp"), _set(config.schedule.microbatches))
     problems = [
-        _at(text, keys, config, sources or {}) for keys, rule in MESH_RULES for text in (rule(config, mesh),) if text
+        _at(text, keys, config, sources or {})
+        for keys, rule in MESH_RULES
+        for text in (rule(config, mesh, order),)
+        if text
     ]
     if problems:
         raise ConfigError("\n".join(problems))
     placement = PLACEMENTS[config.placement.name]().with_(bucket_bytes=int(config.placement.bucket_mb * 2**20))
-    return Plan(config=config, mesh=mesh, placement=placement, decoder=decoder_config(config.model, data_vocab))
+    decoder = decoder_config(config.model, data_vocab)
+    return Plan(config=config, mesh=mesh, placement=placement, decoder=decoder, order=order)
 
 
 # ---------------------------------------------------------------- rules across keys
@@ -120,6 +131,11 @@ def _overwrite(c: Config) -> str | None:
     return "there is nothing to overwrite in a new folder; give run.dir" if c.run.overwrite and not c.run.dir else None
 
 
+def _one_schedule(c: Config) -> str | None:
+    both = c.schedule.kind is not None and c.schedule.file is not None
+    return "the file is the schedule; leave one of the two out" if both else None
+
+
 def _sequence(c: Config) -> str | None:
     if c.parallel.sequence and c.parallel.tp == 1:
         return "the sequence is split over tp, which is 1; raise parallel.tp, or leave parallel.sequence out"
@@ -133,23 +149,24 @@ RULES: tuple[tuple[Keys, Callable[[Config], str | None]], ...] = (
     (("optim.decay", "optim.lr", "optim.min_lr", "optim.warmup", "optim.steps", "train.steps"), _rates),
     (("train.eval_every", "train.eval_batches", "data.held_out"), _evaluation),
     (("run.dir", "run.overwrite"), _overwrite),
+    (("schedule.kind", "schedule.file"), _one_schedule),
     (("parallel.tp", "parallel.sequence", "model.seq"), _sequence),
 )
 """The keys a rule is about, and the rule: a sentence if it is broken."""
 
 
-def _share(c: Config, mesh: Mesh) -> str | None:
+def _share(c: Config, mesh: Mesh, order: Program) -> str | None:
     return _multiple("batch", c.train.batch, "dp", mesh.axis("dp"))
 
 
-def _microbatches(c: Config, mesh: Mesh) -> str | None:
+def _microbatches(c: Config, mesh: Mesh, order: Program) -> str | None:
     share = c.train.batch // mesh.axis("dp")
     if _set(c.schedule.microbatches) > share:
         return f"a dp rank has {share} samples a step and cannot split them further; lower microbatches or raise batch"
     return None
 
 
-def _tp(c: Config, mesh: Mesh) -> str | None:
+def _tp(c: Config, mesh: Mesh, order: Program) -> str | None:
     """Whole attention heads and feed-forward columns on every tp rank."""
     sizes = (("heads", c.model.heads), ("kv_heads", _set(c.model.kv_heads)), ("ffn", _set(c.model.ffn)))
     try:
@@ -160,19 +177,31 @@ def _tp(c: Config, mesh: Mesh) -> str | None:
     return None
 
 
-def _stages(c: Config, mesh: Mesh) -> str | None:
+def _stages(c: Config, mesh: Mesh, order: Program) -> str | None:
     """Embedding, blocks, head with loss: at least one unit a stage."""
-    units, pp = c.model.layers + 2, mesh.axis("pp")
-    if units < pp:
-        return f"{pp} pipeline stages need at least {pp} units; {c.model.layers} layers, embedding and head are {units}"
+    units, need = c.model.layers + 2, len(order.stages)
+    if units < need:
+        what = f"{need} pipeline stages need at least {need} units"
+        return f"{what}; {c.model.layers} layers, embedding and head are {units}"
     return None
 
 
-MESH_RULES: tuple[tuple[Keys, Callable[[Config, Mesh], str | None]], ...] = (
+def _file(c: Config, mesh: Mesh, order: Program) -> str | None:
+    """A program is of as many pipeline coordinates and microbatches as the run."""
+    if c.schedule.file is None:
+        return None
+    wanted = {"pp": mesh.axis("pp"), "microbatches": _set(c.schedule.microbatches)}
+    there = {"pp": len(order.ranks), "microbatches": order.microbatches}
+    wrong = [f"{what} = {there[what]}, the run has {wanted[what]}" for what in wanted if there[what] != wanted[what]]
+    return f"the program is for {' and '.join(wrong)}" if wrong else None
+
+
+MESH_RULES: tuple[tuple[Keys, Callable[[Config, Mesh, Program], str | None]], ...] = (
     (("train.batch", "parallel.dp"), _share),
     (("train.batch", "parallel.dp", "schedule.microbatches"), _microbatches),
     (("model.heads", "model.kv_heads", "model.ffn", "parallel.tp"), _tp),
-    (("model.layers", "parallel.pp"), _stages),
+    (("model.layers", "parallel.pp", "schedule.kind", "schedule.file"), _stages),
+    (("schedule.file", "parallel.pp", "schedule.microbatches"), _file),
 )
 
 
@@ -199,11 +228,12 @@ def _get(config: Config, key: str) -> object:
 # ---------------------------------------------------------------- what none leaves open
 
 
-def _fill(config: Config, mesh: Mesh, data_vocab: int) -> Config:
+def _fill(config: Config, mesh: Mesh, data_vocab: int, program: Program | None) -> Config:
     """Every ``none`` that stands for a value replaced by it."""
     m, s, o, dp, pp = config.model, config.schedule, config.optim, mesh.axis("dp"), mesh.axis("pp")
     decoder = decoder_config(m, data_vocab)
     wanted = 2 * pp if pp > 1 else 1
+    microbatches = max(1, min(wanted, config.train.batch // dp)) if program is None else program.microbatches
     cosine = o.decay == "cosine"
     return replace(
         config,
@@ -215,7 +245,9 @@ def _fill(config: Config, mesh: Mesh, data_vocab: int) -> Config:
             tied=decoder.tied,
         ),
         parallel=replace(config.parallel, dp=dp),
-        schedule=replace(s, microbatches=s.microbatches or max(1, min(wanted, config.train.batch // dp))),
+        schedule=replace(
+            s, kind=s.kind or ("1f1b" if program is None else None), microbatches=s.microbatches or microbatches
+        ),
         optim=replace(
             o,
             warmup=min(100, config.train.steps // 10) if o.warmup is None else o.warmup,

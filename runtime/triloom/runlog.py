@@ -20,10 +20,11 @@ from .config import to_toml
 from .engine import Metrics
 from .errors import ConfigError
 from .liveline import LiveLine, Pace, duration, plural
+from .measured import Figures
 from .plan import Plan
 from .plot import PlotUnavailableError, plot_losses
 
-FILES = ("config.toml", "metrics.jsonl", "loss.svg", "loss.png")
+FILES = ("config.toml", "metrics.jsonl", "timeline.json", "loss.svg", "loss.png")
 """Everything a run writes; ``run.overwrite`` removes these and nothing else."""
 
 
@@ -119,7 +120,14 @@ class Log(Protocol):
     @property
     def folder(self) -> Path | None: ...
 
-    def step(self, metrics: Metrics, seconds: float, memory: Mapping[str, int], held_out: float | None) -> None: ...
+    def step(
+        self,
+        metrics: Metrics,
+        seconds: float,
+        memory: Mapping[str, int],
+        held_out: float | None,
+        pipeline: Figures | None = None,
+    ) -> None: ...
 
     def finish(self, result: Result) -> None: ...
 
@@ -133,7 +141,14 @@ class Silent:
 
     folder: Path | None = None
 
-    def step(self, metrics: Metrics, seconds: float, memory: Mapping[str, int], held_out: float | None) -> None: ...
+    def step(
+        self,
+        metrics: Metrics,
+        seconds: float,
+        memory: Mapping[str, int],
+        held_out: float | None,
+        pipeline: Figures | None = None,
+    ) -> None: ...
 
     def finish(self, result: Result) -> None: ...
 
@@ -159,7 +174,14 @@ class RunLog(AbstractContextManager["RunLog"]):
         for text in headline(plan, data, world):
             self._line.say(text)
 
-    def step(self, metrics: Metrics, seconds: float, memory: Mapping[str, int], held_out: float | None) -> None:
+    def step(
+        self,
+        metrics: Metrics,
+        seconds: float,
+        memory: Mapping[str, int],
+        held_out: float | None,
+        pipeline: Figures | None = None,
+    ) -> None:
         self._tokens += self._plan.tokens_per_step
         speed = self._plan.tokens_per_step / seconds
         self._metrics.write(
@@ -173,6 +195,7 @@ class RunLog(AbstractContextManager["RunLog"]):
                 "step_ms": seconds * 1e3,
                 "peak_bytes": dict(memory),
                 "held_out_loss": held_out,
+                "pipeline": None if pipeline is None else pipeline.as_dict(),
             }
         )
         self._line.step(metrics.step + 1, metrics.loss, speed, self._pace.left(metrics.step + 1, seconds))
@@ -188,7 +211,8 @@ class RunLog(AbstractContextManager["RunLog"]):
         largest = max(result.peak_bytes, key=lambda one: sum(one.values()))
         by_class = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in largest.items())
         self._line.say(f"memory of the largest rank, MiB: {by_class}")
-        written = ["config.toml", "metrics.jsonl", *(self._plot() if self._plan.config.run.plot else [])]
+        measured = ["timeline.json"] if (self.folder / "timeline.json").exists() else []
+        written = ["config.toml", "metrics.jsonl", *measured, *(self._plot() if self._plan.config.run.plot else [])]
         self._line.say(f"{self.folder}: {' '.join(written)}")
 
     def _plot(self) -> list[str]:
@@ -215,6 +239,6 @@ def headline(plan: Plan, data: str, world: World) -> list[str]:
     config, m = plan.config, plan.config.model
     return [
         f"{m.shape}, {plural(m.layers, 'layer')} x {m.hidden} wide, on {data}",
-        f"{plural(world.size, 'rank')} as {plan.mesh} ({config.placement.name}, {config.schedule.kind}, "
+        f"{plural(world.size, 'rank')} as {plan.mesh} ({config.placement.name}, {plan.order.name}, "
         f"microbatches: {plan.microbatches}), {plural(world.threads, 'thread')} each, {world.device.type}",
     ]

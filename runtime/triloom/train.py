@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TextIO
+from zlib import crc32
 
 import torch
 
@@ -18,11 +19,16 @@ from .config import Config
 from .config.show import plain
 from .data import Batch, Corpus, Split, Windows, open_corpus, split
 from .engine import Engine
+from .errors import ProgramError
 from .groups.objects import gather_objects
 from .models import Model, decoder
 from .optim import AdamW, warmup_cosine
+from .parallel.executor import Recorder
 from .plan import Plan, make_plan
+from .program_file import check, has_state
 from .runlog import Log, Result, check_run_dir, open_log
+from .spans import Spans
+from .timing import Timing, make_timing
 from .together import agree_on, together
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -42,9 +48,19 @@ def prepare(config: Config, world_size: int, sources: Mapping[str, str] | None =
     """Check everything and open the data, allocating nothing. Raises ConfigError with every problem found."""
     corpus = open_corpus(config.data.path)
     plan = make_plan(config, world_size, data_vocab=corpus.vocab, sources=sources)
+    if plan.config.schedule.file is not None and not has_state(plan.order):
+        _check_file(plan)
     config = plan.config
     data = split(corpus, seq=config.model.seq, seed=config.data.seed, held_out=config.data.held_out)
     return Job(plan, corpus, data, decoder(plan.decoder))
+
+
+def _check_file(plan: Plan) -> None:
+    """Refuse a program from a file now, naming the file; the engine proves it again with the actions on state."""
+    try:
+        check(plan.order)
+    except ProgramError as error:
+        raise ProgramError(f"schedule.file = {plan.config.schedule.file!r}: {error}") from None
 
 
 def train(
@@ -57,11 +73,13 @@ def train(
     """
     job = together(world.group, lambda: _prepare_rank(config, world, sources))
     agree_on(world.group, _must_agree(job), "start every rank with the same configuration and data")
-    engine = make_engine(job, world)
+    spans = Spans() if job.plan.config.run.timeline else None
+    engine = make_engine(job, world, spans)
+    timing = make_timing(engine, spans, world.group, job.plan.config.run.timeline)
     data = f"{job.corpus.name}, {len(job.corpus.tokens):,} bytes"
     log = together(world.group, lambda: open_log(job.plan, data, world, out or sys.stdout))
     with log:
-        result = Loop(job, engine, log, world).run()
+        result = Loop(job, engine, log, world, timing).run()
     # Not after an error: releasing a group may wait for ranks that wait for this one.
     engine.close()
     return result
@@ -74,13 +92,17 @@ def _prepare_rank(config: Config, world: World, sources: Mapping[str, str] | Non
 
 
 def _must_agree(job: Job) -> dict[str, str]:
-    """Everything that ranks must have in common; run.* concerns rank 0 alone, train.threads each host."""
+    """Everything that ranks must have in common; run.* concerns rank 0 alone, train.threads and paths each host."""
+    own = (("train", "threads"), ("data", "path"), ("schedule", "file"))
     values = {
         f"{section}.{name}": plain(value)
         for section, part in asdict(job.plan.config).items()
         for name, value in part.items()
-        if section != "run" and (section, name) not in (("train", "threads"), ("data", "path"))
+        if section != "run" and (section, name) not in own
     }
+    values["run.timeline"] = plain(job.plan.config.run.timeline)  # all ranks measure, or none
+    order = job.plan.order
+    values["the program"] = f"{order.name}, {sum(map(len, order.ranks))} actions, {crc32(order.to_csv().encode()):08x}"
     return values | {"the data": f"{len(job.corpus.tokens)} bytes, digest {job.corpus.digest():016x}"}
 
 
@@ -93,7 +115,7 @@ def make_optimizer(config: Config) -> AdamW:
     return AdamW(lr=lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
 
 
-def make_engine(job: Job, world: World) -> Engine:
+def make_engine(job: Job, world: World, record: Recorder | None = None) -> Engine:
     config = job.plan.config
     return Engine(
         job.model.units,
@@ -102,7 +124,7 @@ def make_engine(job: Job, world: World) -> Engine:
         world=world.group,
         mesh=job.plan.mesh,
         optimizer=make_optimizer(config),
-        schedule=config.schedule.kind,
+        schedule=lambda ranks, microbatches: job.plan.order,
         microbatches=job.plan.microbatches,
         placement=job.plan.placement,
         clip=config.optim.clip,
@@ -110,19 +132,21 @@ def make_engine(job: Job, world: World) -> Engine:
         dtype=DTYPES[config.train.dtype],
         device=world.device,
         sequence_parallel=config.parallel.sequence,
+        record=record,
     )
 
 
 class Loop:
     """The steps of one run, on one rank."""
 
-    def __init__(self, job: Job, engine: Engine, log: Log, world: World) -> None:
+    def __init__(self, job: Job, engine: Engine, log: Log, world: World, timing: Timing) -> None:
         self._config = job.plan.config
         self._plan = job.plan
         self._data = job.data
         self._engine = engine
         self._log = log
         self._world = world
+        self._timing = timing
         self._dp_rank = job.plan.mesh.coords(world.rank)["dp"]
 
     def run(self) -> Result:
@@ -133,12 +157,14 @@ class Loop:
             start = time.perf_counter()
             metrics = self._engine.step(*self._batch(self._data.train, step))
             seconds = time.perf_counter() - start
+            pipeline = self._timing.step(metrics.step)
             losses.append(metrics.loss)
             evaluated = self._due(step)
             held_out = self._evaluate() if evaluated else held_out
-            self._log.step(metrics, seconds, self._engine.memory(), held_out if evaluated else None)
+            self._log.step(metrics, seconds, self._engine.memory(), held_out if evaluated else None, pipeline)
         spent = time.perf_counter() - begin
         memory = gather_objects(self._world.group, self._engine.memory())
+        self._timing.finish(self._log.folder)
         result = Result(self._log.folder, losses[0], losses[-1], held_out, spent, tuple(memory))
         self._log.finish(result)
         return result

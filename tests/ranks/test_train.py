@@ -12,11 +12,22 @@ import pytest
 from harness import launch
 from triloom.boot import World
 from triloom.config import Config, load
-from triloom.runlog import Result
+from triloom.runlog import FILES, Result
 from triloom.together import SetupError
 from triloom.train import train
 
-KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_ms", "peak_bytes", "held_out_loss"}
+KEYS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "tokens_per_s",
+    "step_ms",
+    "peak_bytes",
+    "held_out_loss",
+    "pipeline",
+}
 TRAIN = [sys.executable, "-m", "triloom", "train"]
 
 TINY = """
@@ -60,7 +71,10 @@ def test_a_run_leaves_every_promised_number(tmp_path: Path) -> None:
     assert [r["step"] for r in records] == [0, 1, 2, 3]
     for r in records:
         assert set(r) == KEYS
-        assert all(isinstance(r[key], (int, float)) and r[key] >= 0 for key in KEYS - {"peak_bytes", "held_out_loss"})
+        assert all(
+            isinstance(r[key], (int, float)) and r[key] >= 0
+            for key in KEYS - {"peak_bytes", "held_out_loss", "pipeline"}
+        )
         assert r["tokens"] == (r["step"] + 1) * 8 * 16
         assert r["tokens_per_s"] == pytest.approx(8 * 16 / r["step_ms"] * 1e3)
         assert {"params", "grads", "optimizer", "activations"} <= set(r["peak_bytes"])
@@ -71,13 +85,13 @@ def test_a_run_leaves_every_promised_number(tmp_path: Path) -> None:
     lines = done.stdout.replace("\r\n", "\n").splitlines()
     assert [line.split("  ")[0] for line in lines if line.startswith("step")] == ["step 1/4", "step 4/4"]
     assert "\r" not in "".join(lines), "no rewriting where no terminal is"
-    assert lines[-1].startswith(f"{folder}: config.toml metrics.jsonl")
+    assert lines[-1].startswith(f"{folder}: config.toml metrics.jsonl timeline.json")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         assert "matplotlib is not installed" in done.stdout
     else:
-        assert sorted(p.name for p in folder.iterdir()) == ["config.toml", "loss.png", "loss.svg", "metrics.jsonl"]
+        assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
 
 
 def test_an_error_that_every_rank_finds_is_told_once() -> None:

@@ -97,10 +97,14 @@ class ParallelConfig(Section):
 class ScheduleConfig(Section):
     """The order of forwards and backwards in the pipeline."""
 
-    kind: Annotated[str, one_of(TRAINING_SCHEDULES)] = "1f1b"
-    """1f1b: one forward, one backward, activations of at most pp microbatches. gpipe: all forwards first."""
+    kind: Annotated[str | None, one_of(TRAINING_SCHEDULES)] = None
+    """Name of the schedule; ``triloom schedule NAME`` draws it. none: 1f1b, or the program of schedule.file."""
+    file: str | None = None
+    """A program to run instead of a named schedule: a row of actions per pipeline coordinate, as ``triloom schedule
+    NAME --save FILE`` writes. Computes only or complete; it is verified like any other."""
     microbatches: Annotated[int | None, at_least(1)] = None
-    """Parts that the samples of a dp rank are split into; none: 2 x pp as far as there are samples, 1 without pp."""
+    """Parts that the samples of a dp rank are split into; none: 2 x pp as far as there are samples, 1 without pp,
+    or what schedule.file says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +170,13 @@ class RunConfig(Section):
     """What a run leaves behind."""
 
     dir: str | None = None
-    """Folder for config.toml, metrics.jsonl (one object a step; bytes are those of rank 0) and the plot;
-    none: a new runs/<date>-<time>."""
+    """Folder for config.toml, metrics.jsonl (one object a step; bytes are those of rank 0), timeline.json and the
+    plot; none: a new runs/<date>-<time>."""
     overwrite: bool = False
     """Replace the files of an earlier run in run.dir, instead of refusing a folder that is not empty."""
+    timeline: Annotated[int, at_least(0)] = 3
+    """Steps at the end of the run that go to timeline.json (for Perfetto, chrome://tracing and triloom timeline);
+    0: nothing is measured, and metrics.jsonl says nothing of the pipeline."""
     plot: bool = True
     """Draw loss.svg and loss.png at the end (needs matplotlib: pip install 'triloom[plot]')."""
 

@@ -1,0 +1,87 @@
+"""The measured side of a run: figures of every step, and the last steps as timeline.json."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from .engine import Engine
+from .groups.base import Group
+from .measured import BEGIN, END, Figures, Measurement, Seat
+from .spans import Offsets, Spans, align, clock_offsets, gather_rows
+from .trace import Step, Trace, save
+
+
+class Timing(Protocol):
+    """Measures the steps of an engine; every rank has one of the same kind."""
+
+    def step(self, number: int) -> Figures | None:
+        """After each step, on every rank: the figures of its pipeline, the same everywhere; None if not measured."""
+
+    def finish(self, folder: Path | None) -> Path | None:
+        """At the end, on every rank: write timeline.json where there is a folder; returns its path."""
+
+
+class Untimed:
+    """Nothing was recorded."""
+
+    def step(self, number: int) -> Figures | None:
+        return None
+
+    def finish(self, folder: Path | None) -> Path | None:
+        return None
+
+
+class Timed:
+    """Spans of every step, gathered after it.
+
+    keep: how many of the last steps go to timeline.json. Made before the first step, when it measures
+    the clocks; collective, as all of its methods.
+    """
+
+    def __init__(self, engine: Engine, spans: Spans, world: Group, keep: int) -> None:
+        self._spans = spans
+        self._world = world
+        self._mesh = str(engine.mesh)
+        self._measurement = measurement(engine)
+        self._kept: deque[tuple[int, torch.Tensor, Figures]] = deque(maxlen=keep)
+        self._clocks: Offsets = clock_offsets(world)
+
+    def step(self, number: int) -> Figures | None:
+        rows = gather_rows(self._world, self._spans.rows(), self._measurement.most)
+        figures = self._measurement.figures(align(rows, self._clocks).numpy())
+        self._kept.append((number, rows, figures))
+        return figures
+
+    def finish(self, folder: Path | None) -> Path | None:
+        last = clock_offsets(self._world)
+        if folder is None or not self._kept:
+            return None
+        aligned = [(number, align(rows, self._clocks, last), figures) for number, rows, figures in self._kept]
+        first = min(int(rows[..., BEGIN][rows[..., END] > 0].min()) for _, rows, _ in aligned)
+        steps = []
+        for number, rows, figures in aligned:
+            rows[..., [0, 1, 3]] -= torch.where(rows[..., [0, 1, 3]] == 0, 0, first)
+            steps.append(Step(number, rows.numpy(), figures))
+        errors = tuple(max(a, b) / 1e3 for a, b in zip(self._clocks.error_ns, last.error_ns, strict=True))
+        return save(Trace(self._measurement, tuple(steps), self._mesh, errors), folder)
+
+
+def measurement(engine: Engine) -> Measurement:
+    """What an engine runs, and where its ranks sit: the same on every rank."""
+    mesh = engine.mesh
+    replicas: dict[tuple[int, ...], int] = {}
+    seats = []
+    for rank in range(mesh.size):
+        coords = mesh.coords(rank)
+        others = tuple(at for axis, at in coords.items() if axis != "pp")
+        seats.append(Seat(coords.get("pp", 0), replicas.setdefault(others, len(replicas))))
+    return Measurement(engine.program, tuple(tuple(units) for units in engine.stage_units), tuple(seats))
+
+
+def make_timing(engine: Engine, spans: Spans | None, world: Group, keep: int) -> Timing:
+    """For spans, :class:`Timed`; collective then."""
+    return Untimed() if spans is None else Timed(engine, spans, world, keep)
