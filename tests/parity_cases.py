@@ -45,6 +45,7 @@ class Case:
     cadence: str | None = None
     """None: the placement's."""
     recompute: bool = False
+    shard_ranks: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -61,7 +62,9 @@ class Case:
         row = NAMED[self.placement]()
         activations = "recompute" if self.recompute else "keep"
         cadence = self.cadence or row.cadence
-        return row.with_(bucket_bytes=self.bucket_bytes, cadence=cadence, activations=activations)
+        return row.with_(
+            bucket_bytes=self.bucket_bytes, cadence=cadence, activations=activations, shard_ranks=self.shard_ranks
+        )
 
 
 @dataclass(frozen=True)

@@ -159,9 +159,11 @@ class Engine:
         self.modules, params = together(self.world, local)
         tie_groups = build.tie_groups(self._ties, self.groups.axis("pp"))
         build.replicate(self.modules, params, self.groups, tie_groups)
+        shard, replicas = build.shard_groups(self.groups.axis("dp"), self.placement.shard_ranks)
         self.state = ShardedState(
             params,
-            dp=self.groups.axis("dp"),
+            dp=shard,
+            replicas=replicas,
             tp=self.groups.axis("tp"),
             coord=here,
             tie_groups=tie_groups,

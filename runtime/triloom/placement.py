@@ -54,11 +54,17 @@ class Placement:
     """Sharded parameters are gathered this many computes before their use."""
     keep: bool = False
     """Sharded parameters stay whole from their first use of a step to their last."""
+    shard_ranks: int | None = None
+    """State is sharded inside neighbouring dp ranks of this number and replicated across them (hybrid sharding,
+    PyTorch FSDP, arXiv 2304.11277, section 3.2.2); divides dp; None: over all of dp. Sums in two stages, so
+    other bits."""
     name: str = "zero0"
 
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1:
             raise ConfigError(f"bucket_bytes must be positive, got {self.bucket_bytes}")
+        if self.shard_ranks is not None and self.shard_ranks < 1:
+            raise ConfigError(f"shard_ranks must be a positive number of dp ranks, got {self.shard_ranks}")
         if self.activations not in ACTIVATIONS:
             raise ConfigError(f"activations {self.activations!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.cadence not in CADENCES:
@@ -92,6 +98,11 @@ def zero2() -> Placement:
 def zero3() -> Placement:
     """Everything sharded; parameters are gathered around their use."""
     return zero2().with_(name="zero3", params=State(sharded=True))
+
+
+def hsdp(shard_ranks: int) -> Placement:
+    """ZeRO stage 3 inside groups of ``shard_ranks`` dp ranks, replicas across them."""
+    return zero3().with_(name="hsdp", shard_ranks=shard_ranks)
 
 
 NAMED = {"zero0": zero0, "zero1": zero1, "zero2": zero2, "zero3": zero3}

@@ -97,6 +97,8 @@ class BucketState:
     """Whether grad_shard holds earlier microbatches of this step."""
     gather: Work | None = None
     reduction: Work | None = None
+    reduced: bool = False
+    """Whether a reduction was posted and not finished."""
 
     @property
     def low(self) -> torch.Tensor | None:

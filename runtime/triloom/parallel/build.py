@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 from ..errors import ConfigError
 from ..groups.base import Group
 from ..groups.mesh_groups import MeshGroups
+from ..groups.solo import Solo
+from ..mesh import check_divides
 from ..scope import Scope
 from ..shards import ShardSpec
 from . import ties as tied
@@ -138,6 +140,16 @@ def tie_groups(ties: Sequence[Tie], pp: Group) -> dict[int, Group]:
             if pp.rank in members:
                 out[tie.index] = group
     return out
+
+
+def shard_groups(dp: Group, shard_ranks: int | None) -> tuple[Group, Group]:
+    """The dp ranks that state is sharded over, and those that hold the same shard; collective over dp."""
+    if shard_ranks is None or shard_ranks == dp.size:
+        return dp, Solo(dp.members[dp.rank])
+    check_divides("data-parallel ranks dp", dp.size, "shard_ranks", shard_ranks)
+    blocks = [list(range(first, first + shard_ranks)) for first in range(0, dp.size, shard_ranks)]
+    across = [[block[i] for block in blocks] for i in range(shard_ranks)]
+    return dp.split(blocks, "shard"), dp.split(across, "replicas")
 
 
 def replicate(

@@ -47,7 +47,8 @@ class LocalParam:
 class ShardedState:
     """The state of all units on one rank.
 
-    params: every use of every trainable parameter, in unit order. dp, tp: groups; tie_groups: by tie
+    params: every use of every trainable parameter, in unit order. dp: the data-parallel ranks the state is sharded
+    over; replicas: those that hold the same shard (one, but for hybrid sharding); tp: group; tie_groups: by tie
     index, the group over the coordinates that hold the tie (absent when it is one coordinate). pool:
     threads for element-wise work on the host.
     """
@@ -57,6 +58,7 @@ class ShardedState:
         params: Sequence[LocalParam],
         *,
         dp: Group,
+        replicas: Group,
         tp: Group,
         coord: int,
         tie_groups: Mapping[int, Group],
@@ -65,7 +67,7 @@ class ShardedState:
         device: torch.device,
         pool: Pool | None = None,
     ) -> None:
-        self._dp, self._tp, self._coord = dp, tp, coord
+        self._dp, self._replicas, self._tp, self._coord = dp, replicas, tp, coord
         self._tie_groups = tie_groups
         self._placement = placement
         self._optimizer = optimizer
@@ -204,6 +206,7 @@ class ShardedState:
         state = self._bucket(action)
         state.settle()
         self._sum_partial(state)
+        state.reduced = True
         if self._dp.size > 1:
             grads = state.grads.tensor
             state.reduction = self._dp.reduce_scatter(grads[state.shard], grads)
@@ -227,7 +230,7 @@ class ShardedState:
             if state.residency.params:
                 state.params.release()
             return
-        _finish_reduction(state)
+        self._finish_reduction(state)
         if state.residency.each or state.residency.grads:
             mine = state.grads.tensor[state.shard]
             if state.folded:
@@ -239,10 +242,19 @@ class ShardedState:
         if state.residency.grads:
             state.grads.release()
 
+    def _finish_reduction(self, state: BucketState) -> None:
+        if state.reduction is not None:
+            state.reduction.wait()
+            state.reduction = None
+        if state.reduced:
+            state.reduced = False
+            if self._replicas.size > 1:
+                self._replicas.all_reduce(state.grads.tensor[state.shard]).wait()
+
     def wait_reduced(self) -> None:
         """Gradients are final: this rank's shards, or all of them where the update is not sharded."""
         for state in self.buckets:
-            _finish_reduction(state)
+            self._finish_reduction(state)
             if state.residency.optimizer:
                 continue
             if self._dp.size > 1:
@@ -296,7 +308,9 @@ class ShardedState:
     def owned_gradients(self) -> list[tuple[str, torch.Tensor]]:
         """The gradients this rank contributes to the global norm, by name and flat: its dp shard of every
         parameter it is the first holder of (over tp for replicated, over pp for tied parameters)."""
-        out = []
+        out: list[tuple[str, torch.Tensor]] = []
+        if self._replicas.rank > 0:
+            return out
         for state in self.buckets:
             for piece in pieces(state.bucket, self._dp.rank, self._dp.size):
                 p = self.params[piece.slot.name]
@@ -339,9 +353,3 @@ def _finish_gather(state: BucketState) -> None:
     if state.gather is not None:
         state.gather.wait()
         state.gather = None
-
-
-def _finish_reduction(state: BucketState) -> None:
-    if state.reduction is not None:
-        state.reduction.wait()
-        state.reduction = None
