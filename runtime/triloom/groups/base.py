@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from .arrays import Array
+
 ReduceOp = Literal["sum", "max", "min"]
 REDUCE_OPS: tuple[ReduceOp, ...] = ("sum", "max", "min")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
@@ -44,15 +46,16 @@ class Transfer:
     """One entry of a batched send/receive."""
 
     kind: Literal["send", "recv"]
-    tensor: torch.Tensor
+    tensor: Array
     peer: int
 
 
 class Group(ABC):
     """An ordered set of ranks that communicate.
 
-    Tensors are contiguous, of a dtype in DTYPES, on the CPU or (staged) on a GPU. Zero-sized
-    tensors are allowed everywhere. ``peer`` and ``root`` are ranks of this group.
+    Tensors are contiguous, of a dtype in DTYPES, on the CPU or (staged) on a GPU; arrays of other
+    libraries are taken as tensors over the same memory (arrays.py). Zero-sized tensors are allowed
+    everywhere. ``peer`` and ``root`` are ranks of this group.
     """
 
     name: str
@@ -65,34 +68,34 @@ class Group(ABC):
     """Default seconds a wait may take."""
 
     @abstractmethod
-    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> Work:
+    def all_reduce(self, tensor: Array, op: ReduceOp = "sum") -> Work:
         """In place; every rank gets the reduction over ranks, in rank order."""
 
     @abstractmethod
-    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, op: ReduceOp = "sum") -> Work:
+    def reduce_scatter(self, output: Array, input: Array, op: ReduceOp = "sum") -> Work:
         """Rank r gets the reduction of chunk r; ``input.numel() == size * output.numel()``."""
 
     @abstractmethod
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
+    def all_gather(self, output: Array, input: Array) -> Work:
         """Chunk r of output is rank r's input; ``output.numel() == size * input.numel()``.
 
         ``input`` may be this rank's own chunk of ``output``.
         """
 
     @abstractmethod
-    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> Work:
+    def broadcast(self, tensor: Array, root: int = 0) -> Work:
         """In place from ``root``."""
 
     @abstractmethod
-    def all_to_all(self, output: torch.Tensor, input: torch.Tensor) -> Work:
+    def all_to_all(self, output: Array, input: Array) -> Work:
         """Chunk r of input goes to rank r; chunk r of output came from rank r; equal chunks."""
 
     @abstractmethod
-    def send(self, tensor: torch.Tensor, peer: int) -> Work:
+    def send(self, tensor: Array, peer: int) -> Work:
         """To ``peer``; meets its receives from this rank in order."""
 
     @abstractmethod
-    def recv(self, tensor: torch.Tensor, peer: int) -> Work:
+    def recv(self, tensor: Array, peer: int) -> Work:
         """From ``peer``, in the order it sends."""
 
     @abstractmethod
@@ -107,6 +110,20 @@ class Group(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release the group's resources; outstanding work is abandoned."""
+
+    def check(self) -> None:
+        """Collective, between operations: raise unless all ranks have issued the same operations.
+
+        Nothing to do for a group that compares every operation when it is issued.
+        """
+        return
+
+    def warm(self, pairs: Sequence[tuple[int, int]] | None = None) -> None:
+        """Collective: make connections now, for collectives or for the (sender, receiver) ``pairs``.
+
+        Nothing to do for a group whose connections are there from the start.
+        """
+        return
 
     def batch(self, transfers: Sequence[Transfer]) -> Work:
         """Post several sends and receives that complete together, in any order, without deadlock."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import GroupError
+from .arrays import Array, as_tensor
 from .base import DTYPES, REDUCE_OPS, Group, ReduceOp, Work
 from .fingerprint import Call
 from .objects import agree
@@ -21,11 +22,13 @@ from .objects import agree
 class CheckedGroup(Group):
     """Group whose methods check their arguments and hand over to ``_issue`` or ``_transfer``."""
 
-    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> Work:
+    def all_reduce(self, tensor: Array, op: ReduceOp = "sum") -> Work:
+        tensor = as_tensor(tensor)
         refused = _misfit(tensor) or ("" if op in REDUCE_OPS else f"op must be one of {REDUCE_OPS}, got {op!r}")
         return self._issue(Call("all_reduce", tensor.dtype, tensor.numel(), op, -1, refused), tensor, tensor)
 
-    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, op: ReduceOp = "sum") -> Work:
+    def reduce_scatter(self, output: Array, input: Array, op: ReduceOp = "sum") -> Work:
+        output, input = as_tensor(output), as_tensor(input)
         refused = (
             _misfits(output, input)
             or _ratio("input", input, "output", output, self.size)
@@ -34,7 +37,8 @@ class CheckedGroup(Group):
         )
         return self._issue(Call("reduce_scatter", input.dtype, input.numel(), op, -1, refused), output, input)
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
+    def all_gather(self, output: Array, input: Array) -> Work:
+        output, input = as_tensor(output), as_tensor(input)
         refused = (
             _misfits(output, input)
             or _ratio("output", output, "input", input, self.size)
@@ -42,12 +46,14 @@ class CheckedGroup(Group):
         )
         return self._issue(Call("all_gather", input.dtype, input.numel(), "", -1, refused), output, input)
 
-    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> Work:
+    def broadcast(self, tensor: Array, root: int = 0) -> Work:
+        tensor = as_tensor(tensor)
         bad_root = "" if 0 <= root < self.size else f"root must be a rank of the group (0..{self.size - 1}), got {root}"
         call = Call("broadcast", tensor.dtype, tensor.numel(), "", root, _misfit(tensor) or bad_root)
         return self._issue(call, tensor, tensor)
 
-    def all_to_all(self, output: torch.Tensor, input: torch.Tensor) -> Work:
+    def all_to_all(self, output: Array, input: Array) -> Work:
+        output, input = as_tensor(output), as_tensor(input)
         refused = _misfits(output, input) or _ratio("output", output, "input", input, 1)
         if not refused and input.numel() % self.size:
             refused = f"input of {input.numel()} elements does not divide into {self.size} equal chunks"
@@ -58,22 +64,28 @@ class CheckedGroup(Group):
     def barrier(self) -> Work:
         return self._issue(Call("barrier"), None, None)
 
-    def send(self, tensor: torch.Tensor, peer: int) -> Work:
+    def send(self, tensor: Array, peer: int) -> Work:
+        tensor = as_tensor(tensor)
         return self._transfer(self._transfer_call(tensor, peer), tensor, peer, sending=True)
 
-    def recv(self, tensor: torch.Tensor, peer: int) -> Work:
+    def recv(self, tensor: Array, peer: int) -> Work:
+        tensor = as_tensor(tensor)
         return self._transfer(self._transfer_call(tensor, peer), tensor, peer, sending=False)
 
     def split(self, partition: Sequence[Sequence[int]], name: str) -> Group:
         parts = [[int(r) for r in part] for part in partition]
         flat = [r for part in parts for r in part]
-        agree(self, f"split {name!r} of group {self.name!r}", [name, parts])
+        agree(self._talk(), f"split {name!r} of group {self.name!r}", [name, parts])
         if len(set(flat)) != len(flat) or any(not 0 <= r < self.size for r in flat):
             raise GroupError(
                 f"split {name!r} of group {self.name!r}: the lists must be disjoint and hold ranks 0..{self.size - 1}, "
                 f"got {parts}"
             )
         return self._subgroup(parts, name)
+
+    def _talk(self) -> Group:
+        """The group for what the ranks must agree upon, which are host values."""
+        return self
 
     def _not_own_chunk(self, small_name: str, small: torch.Tensor, big_name: str, big: torch.Tensor) -> str:
         own = big.data_ptr() + self.rank * small.numel() * small.element_size()
