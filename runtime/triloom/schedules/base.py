@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from ..actions import Action, Program, compute, replace_ranks
 from ..errors import ConfigError
@@ -18,8 +18,6 @@ least 1. Further parameters have defaults; ``functools.partial`` sets them.
 
 Phase = tuple[str, int]
 """Actions in the notation of :func:`write`, and how many times they are repeated."""
-
-_TOKEN = re.compile(r"(F|BW|B|W)(\d*)")
 
 
 def chain(ranks: int) -> tuple[int, ...]:
@@ -70,16 +68,23 @@ def write(chunks: Sequence[int], microbatches: int, *phases: Phase) -> tuple[Act
             row.append(compute("W", chunks[oldest[0]], oldest[1]))
 
     for text, times in phases:
-        tokens = [(m[1], m[2]) for m in map(_TOKEN.fullmatch, text.split()) if m]
+        tokens = [_token(token) for token in text.split()]
         for _ in range(times):
-            for op, digits in tokens:
+            for op, chunk in tokens:
                 if op == "W":
-                    settle(int(digits) if digits else None)
+                    settle(chunk)
                 else:
-                    add(op, int(digits or 0))
+                    add(op, chunk or 0)
     while pending:
         settle(None)
     return tuple(row)
+
+
+@cache
+def _token(text: str) -> tuple[str, int | None]:
+    """Operation and chunk of ``BW1``; None if there is no chunk."""
+    op = text.rstrip("0123456789")
+    return op, int(text[len(op) :]) if len(op) < len(text) else None
 
 
 def forwards(program: Program) -> Program:

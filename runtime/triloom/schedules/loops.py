@@ -40,12 +40,13 @@ def interleaved(ranks: int, microbatches: int, v: int = 2) -> Program:
     leads = _leads(groups, v)
 
     def row(rank: int) -> tuple[Action, ...]:
-        below, phases, done = ranks - 1 - rank, [], 0
+        below, done = ranks - 1 - rank, 0
+        order: list[str] = []
         for k, chunk in enumerate(back):
             upto = min(max(done + 1, leads[k] + 2 * below), len(there))
-            phases += [(f"F{c}", 1) for c in there[done:upto]] + [(f"BW{chunk}", 1)]
+            order += [f"F{c}" for c in there[done:upto]] + [f"BW{chunk}"]
             done = max(done, upto)
-        return write(chunks_of(where, rank), microbatches, *phases)
+        return write(chunks_of(where, rank), microbatches, (" ".join(order), 1))
 
     return Program(tuple(map(row, range(ranks))), where, microbatches, "interleaved")
 
