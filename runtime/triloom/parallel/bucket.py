@@ -95,6 +95,8 @@ class BucketState:
     """Accumulators by slot name, in unit order; the first writes straight into grads."""
     folded: bool = False
     """Whether grad_shard holds earlier microbatches of this step."""
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What the reduction keeps from step to step."""
     gather: Work | None = None
     reduction: Work | None = None
     reduced: bool = False
@@ -131,7 +133,8 @@ class BucketState:
             "params": self.params.nbytes + (self.param_shard.nbytes if self.residency.params else 0),
             "grads": self.grads.nbytes
             + (self.grad_shard.nbytes if self.residency.each or self.residency.grads else 0)
-            + extra,
+            + extra
+            + sum(t.nbytes for t in self.memory.values()),
             "optimizer": sum(t.nbytes for t in self.states.values()) + (self.master.nbytes if own_master else 0),
         }
 

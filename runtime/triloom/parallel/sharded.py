@@ -29,6 +29,7 @@ from .bucket import BucketState, allocate, residency, settle_down
 from .executor import Handler, StepState
 from .flat import Bucket, Entry, Slot, layout, pieces
 from .guard import guard
+from .reduction import Exact, Reduction
 from .ties import Tie
 from .weight_grads import Accumulator
 
@@ -50,7 +51,7 @@ class ShardedState:
     params: every use of every trainable parameter, in unit order. dp: the data-parallel ranks the state is sharded
     over; replicas: those that hold the same shard (one, but for hybrid sharding); tp: group; tie_groups: by tie
     index, the group over the coordinates that hold the tie (absent when it is one coordinate). pool:
-    threads for element-wise work on the host.
+    threads for element-wise work on the host; reduction: how gradients are summed over dp.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ShardedState:
         optimizer: Optimizer,
         device: torch.device,
         pool: Pool | None = None,
+        reduction: Reduction | None = None,
     ) -> None:
         self._dp, self._replicas, self._tp, self._coord = dp, replicas, tp, coord
         self._tie_groups = tie_groups
@@ -73,6 +75,7 @@ class ShardedState:
         self._optimizer = optimizer
         self._device = device
         self.pool = pool
+        self._reduction = reduction or Exact()
         self.uses: dict[tuple[int, int], Accumulator] = {}
         """(unit, id(parameter)) -> its accumulator."""
         self.params: dict[str, LocalParam] = {}
@@ -209,7 +212,7 @@ class ShardedState:
         state.reduced = True
         if self._dp.size > 1:
             grads = state.grads.tensor
-            state.reduction = self._dp.reduce_scatter(grads[state.shard], grads)
+            state.reduction = self._reduction.post(self._dp, grads[state.shard], grads, state.memory)
 
     def _sum_partial(self, state: BucketState) -> None:
         """Sum over tp the gradients of replicated parameters that saw only part of the sequence."""
