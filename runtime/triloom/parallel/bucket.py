@@ -6,7 +6,6 @@ accumulators are made once. A flat tensor that is sharded has bytes only between
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from ..groups.base import Work
 from ..placement import Placement
 from .flat import Bucket
+from .segments import Segment, Treatments, cut, keep, padding
 from .weight_grads import Accumulator
 
 ACCUMULATE = {torch.float64: torch.float64}
@@ -89,8 +89,11 @@ class BucketState:
     master: torch.Tensor
     """Parameters in accumulation precision over ``updates``; a view of the parameters where the dtypes agree."""
     states: dict[str, torch.Tensor]
-    segments: list[tuple[slice, bool]]
-    """Runs of equal decay inside ``updates``, relative to its start."""
+    """The optimizer's, by name: those of all segments in one flat tensor."""
+    segments: list[Segment]
+    """The calls of STEP, relative to the start of ``updates``."""
+    padding: list[slice]
+    """What STEP must zero in its gradient first, because a rule looks at neighbours; relative too."""
     uses: dict[str, list[Accumulator]] = field(default_factory=dict)
     """Accumulators by slot name, in unit order; the first writes straight into grads."""
     folded: bool = False
@@ -145,8 +148,7 @@ def allocate(
     *,
     rank: int,
     dp: int,
-    states: Sequence[str],
-    segments: list[tuple[slice, bool]],
+    treatments: Treatments,
     device: torch.device,
 ) -> BucketState:
     """The tensors of a bucket, all zero and whole; :func:`settle_down` follows once parameters are in."""
@@ -158,6 +160,7 @@ def allocate(
     own_params = torch.zeros(hi - lo, dtype=dtype, device=device) if residency.params else params.tensor[lo:hi]
     separate = residency.each or residency.grads
     own_grads = torch.zeros(hi - lo, dtype=acc, device=device) if separate else grads.tensor[lo:hi]
+    states, segments = keep(cut(bucket, updates, treatments), acc, device)
     return BucketState(
         bucket=bucket,
         residency=residency,
@@ -168,8 +171,9 @@ def allocate(
         param_shard=own_params,
         grad_shard=own_grads,
         master=own_params if residency.optimizer else params.tensor[updates],
-        states={n: torch.zeros(updates.stop - updates.start, dtype=acc, device=device) for n in states},
+        states=states,
         segments=segments,
+        padding=padding(bucket, updates, treatments),
     )
 
 

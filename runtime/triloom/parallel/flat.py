@@ -43,6 +43,8 @@ class Bucket:
     numel: int
     dtype: str
     """Torch dtype name of the parameters."""
+    whole: bool = False
+    """No parameter is cut by the boundary of a shard."""
 
     @property
     def padding(self) -> int:
@@ -76,33 +78,66 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     tied: bool = False
+    rule: int = 0
+    """Number of the optimizer's rule that updates it."""
+    whole: bool = False
+    """The rule needs the whole tensor on one dp rank."""
 
     @property
     def kind(self) -> tuple[str, bool]:
         """Parameters share a bucket only with their like: tied ones are reduced at another time."""
         return self.dtype, self.tied
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def room(self) -> int:
+        """Elements up to where the next parameter may start."""
+        return -(-self.numel // ALIGN) * ALIGN
+
 
 def layout(params: Sequence[Entry], *, bucket_numel: int, dp: int) -> tuple[Bucket, ...]:
-    """Buckets of one kind, of at least one parameter and otherwise at most ``bucket_numel`` elements.
+    """Buckets of one kind and rule, of at least one parameter and otherwise at most ``bucket_numel`` elements.
 
     params: in unit order. A unit's parameters stay together where they fit, so that gathering a
     bucket for a unit gathers little else.
+
+    Parameters of a rule on whole tensors are given to the dp ranks so that none is cut and the largest
+    share is small; all shares are padded to it. A bucket of them grows beyond ``bucket_numel`` until at most one
+    element in SLACK is padding.
     """
+    of_rule = ([e for e in params if e.rule == rule] for rule in sorted({e.rule for e in params}))
+    runs = [run for entries in of_rule for run in _runs(entries, bucket_numel, dp)]
+    runs.sort(key=lambda run: run[0].unit)
+    return tuple((_dealt if run[0].whole else _bucket)(i, run, dp) for i, run in enumerate(runs))
+
+
+SLACK = 8
+
+
+def _runs(params: Sequence[Entry], bucket_numel: int, dp: int) -> list[list[Entry]]:
     runs: list[list[Entry]] = []
     filled = 0
     for _, group in groupby(params, key=lambda e: e.unit):
         entries = list(group)
-        whole = sum(math.prod(e.shape) for e in entries)
-        fits = filled + whole <= bucket_numel
+        fits = filled + sum(e.numel for e in entries) <= bucket_numel
         for e in entries:
-            n = math.prod(e.shape)
-            if not runs or not fits or filled + n > bucket_numel or runs[-1][-1].kind != e.kind:
+            full = not fits or filled + e.numel > bucket_numel
+            if not runs or runs[-1][-1].kind != e.kind or (full and _balanced(runs[-1], dp)):
                 runs.append([])
                 filled, fits = 0, True
             runs[-1].append(e)
-            filled += n
-    return tuple(_bucket(i, run, dp) for i, run in enumerate(runs))
+            filled += e.numel
+    return runs
+
+
+def _balanced(run: Sequence[Entry], dp: int) -> bool:
+    if not run[0].whole:
+        return True
+    bucket = _dealt(0, run, dp)
+    return bucket.padding * SLACK <= bucket.numel
 
 
 def _bucket(index: int, run: Sequence[Entry], dp: int) -> Bucket:
@@ -110,9 +145,22 @@ def _bucket(index: int, run: Sequence[Entry], dp: int) -> Bucket:
     offset = 0
     for e in run:
         slots.append(Slot(e.name, e.unit, e.shape, offset))
-        offset += -(-math.prod(e.shape) // ALIGN) * ALIGN
+        offset += e.room
     multiple = dp * ALIGN
     return Bucket(index, tuple(slots), -(-offset // multiple) * multiple, run[0].dtype)
+
+
+def _dealt(index: int, run: Sequence[Entry], dp: int) -> Bucket:
+    """Whole parameters, the largest first, each to the rank that has the least (at most 4/3 of the best: Graham 1969)."""
+    loads = [0] * dp
+    place: list[tuple[int, int, Entry]] = []
+    for e in sorted(run, key=lambda e: -e.room):
+        rank = loads.index(min(loads))
+        place.append((rank, loads[rank], e))
+        loads[rank] += e.room
+    share = max(loads)
+    slots = sorted((Slot(e.name, e.unit, e.shape, rank * share + at) for rank, at, e in place), key=lambda s: s.offset)
+    return Bucket(index, tuple(slots), dp * share, run[0].dtype, whole=True)
 
 
 def pieces(bucket: Bucket, rank: int, dp: int) -> tuple[Piece, ...]:

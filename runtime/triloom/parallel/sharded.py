@@ -21,7 +21,7 @@ import torch
 from ..actions import Action
 from ..groups.base import Group
 from ..native import Pool
-from ..optim import Hyper, Optimizer
+from ..optim import Hyper, Optimizer, Rule
 from ..placement import Placement
 from ..shards import ShardSpec
 from . import ties as tied
@@ -30,6 +30,7 @@ from .executor import Handler, StepState
 from .flat import Bucket, Entry, Slot, layout, pieces
 from .guard import guard
 from .reduction import Exact, Reduction
+from .segments import check_whole, whole_states
 from .ties import Tie
 from .weight_grads import Accumulator
 
@@ -72,7 +73,6 @@ class ShardedState:
         self._dp, self._replicas, self._tp, self._coord = dp, replicas, tp, coord
         self._tie_groups = tie_groups
         self._placement = placement
-        self._optimizer = optimizer
         self._device = device
         self.pool = pool
         self._reduction = reduction or Exact()
@@ -82,9 +82,10 @@ class ShardedState:
         """By canonical name, in unit order; of tied uses the first on this rank."""
         for p in params:
             self.params.setdefault(p.name, p)
+        self._treatments = {n: optimizer.treatment(n, p.spec.global_shape) for n, p in self.params.items()}
         self.buckets = tuple(
             self._allocate(b, params)
-            for b in layout(self._entries(params), bucket_numel=max(1, placement.bucket_bytes // 4), dp=dp.size)
+            for b in layout(self._entries(), bucket_numel=max(1, placement.bucket_bytes // 4), dp=dp.size)
         )
         self._of_unit: dict[int, list[BucketState]] = {}
         for p in params:
@@ -94,27 +95,27 @@ class ShardedState:
 
     # -- building --------------------------------------------------------------------------------
 
-    def _entries(self, params: Sequence[LocalParam]) -> list[Entry]:
-        seen: set[str] = set()
-        entries = []
-        for p in params:
-            if p.name not in seen:
-                seen.add(p.name)
-                dtype = str(p.param.dtype).removeprefix("torch.")
-                entries.append(Entry(p.name, p.unit, tuple(p.param.shape), dtype, tied=p.tie is not None))
+    def _entries(self) -> list[Entry]:
+        entries, rules = [], list[Rule]()
+        for name, p in self.params.items():
+            rule = self._treatments[name].rule
+            check_whole(name, self._treatments[name], split=p.spec.dim is not None and self._tp.size > 1)
+            if rule not in rules:
+                rules.append(rule)
+            dtype = str(p.param.dtype).removeprefix("torch.")
+            shape, tie = tuple(p.param.shape), p.tie is not None
+            entries.append(Entry(name, p.unit, shape, dtype, tie, rules.index(rule), rule.reach is None))
         return entries
 
     def _allocate(self, bucket: Bucket, params: Sequence[LocalParam]) -> BucketState:
         tied = any(self.params[s.name].tie is not None for s in bucket.slots)
         rows = residency(self._placement, tied=tied, dp=self._dp.size)
-        lo, hi = bucket.shard(self._dp.rank, self._dp.size)
         state = allocate(
             bucket,
             rows,
             rank=self._dp.rank,
             dp=self._dp.size,
-            states=self._optimizer.states,
-            segments=self._segments(bucket, slice(lo, hi) if rows.optimizer else slice(0, bucket.numel)),
+            treatments=self._treatments,
             device=self._device,
         )
         for slot in bucket.slots:
@@ -134,21 +135,6 @@ class ShardedState:
             accumulator = Accumulator(slot.name, grad if i == 0 else torch.zeros_like(grad))
             self.uses[use.unit, id(use.param)] = accumulator
             state.uses.setdefault(slot.name, []).append(accumulator)
-
-    def _segments(self, bucket: Bucket, updates: slice) -> list[tuple[slice, bool]]:
-        """Neighbouring parameters with the same decay are updated in one call, padding included."""
-        out: list[tuple[slice, bool]] = []
-        starts = [*(s.offset for s in bucket.slots), bucket.numel]
-        for slot, stop in zip(bucket.slots, starts[1:], strict=True):
-            lo, hi = max(slot.offset, updates.start), min(stop, updates.stop)
-            if lo >= hi:
-                continue
-            decay = self._optimizer.decays(slot.name, self.params[slot.name].spec.global_shape)
-            part = slice(lo - updates.start, hi - updates.start)
-            if out and out[-1][1] == decay:
-                part = slice(out.pop()[0].start, part.stop)
-            out.append((part, decay))
-        return out
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -270,13 +256,21 @@ class ShardedState:
             return
         state = self._bucket(action)
         grads, low = state.final_grads, state.low
-        for part, decay in state.segments:
-            self._optimizer.update(
-                state.master[part],
-                grads[part],
-                {name: t[part] for name, t in state.states.items()},
-                Hyper(lr=step.lr, step=step.step + 1, decay=decay, grad_scale=step.grad_scale, pool=self.pool),
-                None if low is None else low[part],
+        for gap in state.padding:
+            grads[gap].zero_()
+        for s in state.segments:
+            s.treatment.rule.update(
+                state.master[s.span].view(s.shape),
+                grads[s.span].view(s.shape),
+                s.states,
+                Hyper(
+                    lr=s.treatment.rate(step.step),
+                    step=step.step + 1,
+                    weight_decay=s.treatment.weight_decay,
+                    grad_scale=step.grad_scale,
+                    pool=self.pool,
+                ),
+                None if low is None else low[s.span].view(s.shape),
             )
 
     def _unshard(self, action: Action, step: StepState) -> None:
@@ -326,8 +320,14 @@ class ShardedState:
 
     def whole(self, kind: str) -> dict[str, torch.Tensor]:
         """Local (tp shard) tensors by name, whole over dp: ``params``, ``master`` or a state of the optimizer."""
-        out = {}
+        out: dict[str, torch.Tensor] = {}
         for state in self.buckets:
+            if kind not in ("params", "master"):
+                acc, sharded = state.grad_shard.dtype, state.residency.optimizer
+                out |= whole_states(
+                    state.bucket, state.states, kind, self._treatments, dp=self._dp, sharded=sharded, dtype=acc
+                )
+                continue
             flat = self._gathered(state, kind)
             for slot in state.bucket.slots:
                 out[slot.name] = flat[slot.offset : slot.stop].view(slot.shape)
@@ -336,7 +336,7 @@ class ShardedState:
     def _gathered(self, state: BucketState, kind: str) -> torch.Tensor:
         if kind == "params" and state.params.whole:
             return state.params.tensor
-        mine = {"params": state.param_shard, "master": state.master, **state.states}[kind]
+        mine = state.param_shard if kind == "params" else state.master
         if mine.numel() == state.bucket.numel:
             return mine
         full = mine.new_empty(state.bucket.numel)
