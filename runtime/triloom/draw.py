@@ -46,26 +46,30 @@ class Chart:
 
 class Style(NamedTuple):
     fill: str
+    later: str
+    """The same for the rank's second and later stages."""
     says: str
 
 
 STYLES = {
-    "F": Style("#8cbcf0", "F forward"),
-    "BW": Style("#5fb37f", "BW backward"),
-    "B": Style("#a3dbb3", "B input gradient"),
-    "W": Style("#f5c265", "W weight gradient"),
-    "R": Style("#c4aee6", "R recompute"),
-    "wait": Style("#e6e6e6", "waiting on receive"),
-    "transfer": Style("#dd7f78", "transfer"),
+    "F": Style("#8cbcf0", "#3c6fb4", "F forward"),
+    "BW": Style("#5fb37f", "#27704a", "BW backward"),
+    "B": Style("#a3dbb3", "#4f9a68", "B input gradient"),
+    "W": Style("#f5c265", "#c07f12", "W weight gradient"),
+    "R": Style("#c4aee6", "#7a5cb0", "R recompute"),
+    "wait": Style("#e6e6e6", "#e6e6e6", "waiting on receive"),
+    "transfer": Style("#dd7f78", "#dd7f78", "transfer"),
 }
 """Colours that stay apart in print and for colour-blind readers; the rest of the ops share ``OTHER``."""
-OTHER = Style("#9a9a9a", "other actions")
+OTHER = Style("#9a9a9a", "#9a9a9a", "other actions")
 
 WIDTH = 1000.0
 LEFT = 56.0
 FULL_ROW, LEAST_ROW = 20.0, 5.0
 ROWS_HEIGHT = 420.0
 """Pixels that the rows of a panel may take before they become lower than ``FULL_ROW``."""
+SMALLEST = 3.0
+"""Size of the smallest numbers: for a screen that zooms, or a page across."""
 INK, GREY, BAND = "#222222", "#666666", "#f6f6f6"
 
 
@@ -115,14 +119,13 @@ def _bars(bars: Sequence[Bar], y: float, height: float, scale: float, sizes: Map
         width = (bar.end - bar.begin) * scale
         edge = min(0.6, width / 8)  # white between neighbours, without hiding thin bars
         tip = bar.tip or f"{bar.op} {'' if bar.microbatch is None else bar.microbatch}: {bar.begin:g} to {bar.end:g}"
-        fill = _shade(style_of(bar.op).fill, bar.chunk)
-        yield Rect(LEFT + bar.begin * scale, y, max(width - edge, 0.2), height, fill, tip)
+        yield Rect(LEFT + bar.begin * scale, y, max(width - edge, 0.2), height, _fill(bar.op, bar.chunk), tip)
     for bar in bars:
         if bar.microbatch is None or bar.op not in sizes:
             continue
         digits = str(bar.microbatch)
         size = min(sizes[bar.op], height * 0.62, _fitting(bar, len(digits), scale))
-        if size >= 4.5:
+        if size >= SMALLEST:
             middle = LEFT + (bar.begin + bar.end) / 2 * scale
             yield Text(middle, y + height / 2 + size * 0.36, digits, size, "#ffffff" if bar.chunk else INK, "middle")
 
@@ -140,12 +143,15 @@ def _number_sizes(chart: Chart, scale: float) -> dict[str, float]:
         if bars:
             digits = max(len(str(b.microbatch)) for b in bars)
             sizes[op] = min(9.5, median(_fitting(b, digits, scale) for b in bars))
-    return sizes
+    readable = [size for size in sizes.values() if size >= SMALLEST]
+    return {op: min(size, 1.3 * min(readable, default=size)) for op, size in sizes.items()}
 
 
-def _shade(colour: str, chunk: int) -> str:
-    """The colour of a rank's chunk-th stage: darker from one to the next."""
-    keep = 1.0 if not chunk else max(0.3, 0.62 - 0.1 * (chunk - 1))
+def _fill(op: str, chunk: int) -> str:
+    """The colour of an op; beyond a rank's second stage ever darker."""
+    style = style_of(op)
+    keep = max(0.4, 1.0 - 0.15 * (chunk - 1)) if chunk > 1 else 1.0
+    colour = style.later if chunk else style.fill
     return "#" + "".join(f"{round(int(colour[i : i + 2], 16) * keep):02x}" for i in (1, 3, 5))
 
 
@@ -172,7 +178,7 @@ def _legend(charts: Sequence[Chart], y: float, shapes: list[Shape]) -> float:
     if ops - STYLES.keys():
         said.append((OTHER.fill, OTHER.says))
     if any(bar.chunk for c in charts for row in c.rows for bar in row):
-        said.append((_shade(STYLES["F"].fill, 1), "darker: the rank's later stages"))
+        said.append((STYLES["F"].later, "darker: the rank's later stages"))
     x = LEFT
     for fill, text in said:
         shapes.append(Rect(x, y, 11, 11, fill))

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .actions import COMPUTE, Action, Program, Subject, replace_ranks
+from .simulate import Costs
 
 Times = NDArray[np.int64]
 BEGIN, END, WAITED, UNTIL = range(4)
@@ -196,6 +197,14 @@ def measures(m: Measurement, steps: Sequence[Times]) -> Measures:
 def _busy_ms(rows: Times, whole: Whole) -> float:
     part = rows[list(whole.rows)]
     return float((part[:, END] - part[:, BEGIN] - part[:, WAITED]).sum()) / 1e6
+
+
+def costs_of(typical: Measures) -> Costs:
+    """The cost model of measured medians, in milliseconds; BW stands for itself where B and W were not split."""
+    of, zero = typical.computes, (0.0,) * len(next(iter(typical.computes.values())))
+    return Costs(
+        F=of.get("F", zero), B=of.get("B", zero), W=of.get("W", zero), BW=of.get("BW"), R=of.get("R"), comm=typical.comm
+    )
 
 
 class Difference(NamedTuple):

@@ -10,7 +10,9 @@ import time
 from array import array
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .actions import Action
 from .groups.base import Group
@@ -18,6 +20,9 @@ from .groups.base import Group
 COLUMNS = 4
 """begin, end, waited, until: nanoseconds of this process's clock; ``waited`` is the part of the action in
 which it waited for a receive, ``until`` when that wait was over (0 without one)."""
+
+STAMPS = (0, 1, 3)
+"""The columns that are times; ``waited`` is a duration."""
 
 ROUNDS = 32
 """Exchanges of which the fastest tells a clock's offset."""
@@ -127,17 +132,18 @@ def _ask(group: Group, rounds: int) -> tuple[int, int]:
     return fastest[1], (fastest[0] + 1) // 2
 
 
-def align(rows: torch.Tensor, begin: Offsets, end: Offsets | None = None) -> torch.Tensor:
+def align(rows: torch.Tensor, begin: Offsets, end: Offsets | None = None) -> NDArray[np.int64]:
     """Gathered rows on rank 0's clock. With a second measurement, clocks that drift apart are followed linearly.
 
-    rows: int64 (ranks, actions, COLUMNS); the result is a copy. Rows and waits that are 0 stay 0.
+    rows: int64 (ranks, actions, COLUMNS); the result is a copy. Stamps that are 0 (no row, no wait) stay 0.
     """
-    out = rows.clone()
-    add = torch.tensor(begin.add_ns, dtype=torch.float64)[:, None, None].expand(len(rows), rows.shape[1], 3)
-    stamps = out[..., [0, 1, 3]]
+    out = rows.numpy().copy()
+    add = np.array(begin.add_ns)[:, None]
+    drift = np.zeros((len(out), 1))
     if end is not None and end.at_ns > begin.at_ns:
-        drift = (torch.tensor(end.add_ns) - torch.tensor(begin.add_ns)) / (end.at_ns - begin.at_ns)
-        passed = stamps.double() + add - begin.at_ns
-        add = add + drift.double()[:, None, None] * passed
-    out[..., [0, 1, 3]] = torch.where(stamps == 0, stamps, stamps + add.round().long())
+        drift = (np.array(end.add_ns)[:, None] - add) / (end.at_ns - begin.at_ns)
+    for column in STAMPS:
+        stamps = out[..., column]
+        move = add + np.rint(drift * (stamps + add - begin.at_ns)).astype(np.int64) if drift.any() else add
+        stamps += np.where(stamps == 0, 0, move)
     return out

@@ -6,12 +6,13 @@ from collections import deque
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from .engine import Engine
 from .groups.base import Group
 from .measured import BEGIN, END, Figures, Measurement, Seat
-from .spans import Offsets, Spans, align, clock_offsets, gather_rows
+from .spans import STAMPS, Offsets, Spans, align, clock_offsets, gather_rows
 from .trace import Step, Trace, save
 
 
@@ -52,7 +53,7 @@ class Timed:
 
     def step(self, number: int) -> Figures | None:
         rows = gather_rows(self._world, self._spans.rows(), self._measurement.most)
-        figures = self._measurement.figures(align(rows, self._clocks).numpy())
+        figures = self._measurement.figures(align(rows, self._clocks))
         self._kept.append((number, rows, figures))
         return figures
 
@@ -61,13 +62,13 @@ class Timed:
         if folder is None or not self._kept:
             return None
         aligned = [(number, align(rows, self._clocks, last), figures) for number, rows, figures in self._kept]
-        first = min(int(rows[..., BEGIN][rows[..., END] > 0].min()) for _, rows, _ in aligned)
-        steps = []
-        for number, rows, figures in aligned:
-            rows[..., [0, 1, 3]] -= torch.where(rows[..., [0, 1, 3]] == 0, 0, first)
-            steps.append(Step(number, rows.numpy(), figures))
+        first = min(int(times[..., BEGIN][times[..., END] > 0].min()) for _, times, _ in aligned)
+        for _, times, _ in aligned:
+            for column in STAMPS:
+                times[..., column] -= np.where(times[..., column] == 0, 0, first)
+        steps = tuple(Step(number, times, figures) for number, times, figures in aligned)
         errors = tuple(max(a, b) / 1e3 for a, b in zip(self._clocks.error_ns, last.error_ns, strict=True))
-        return save(Trace(self._measurement, tuple(steps), self._mesh, errors), folder)
+        return save(Trace(self._measurement, steps, self._mesh, errors), folder)
 
 
 def measurement(engine: Engine) -> Measurement:

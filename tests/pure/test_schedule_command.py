@@ -7,13 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from triloom import cli
 from triloom.actions import parse_program
 from triloom.errors import ConfigError
+from triloom.measured import Measurement, Seat
+from triloom.passes import add_communication
 from triloom.program_file import has_transfers, load_program, with_transfers
 from triloom.schedules import NAMED, one_f_one_b
+from triloom.trace import Step, Trace, save
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -58,6 +62,37 @@ def test_the_table_says_what_the_json_says(capsys: pytest.CaptureFixture[str]) -
         assert row[1] == f"{figures['makespan']:.6g}"
         assert row[2:5] == [f"{figures[form]:.4f}" for form in ("bubble", "bubble_span", "bubble_ideal")]
         assert row[-1] == ("yes" if figures["fits"] else "no")
+
+
+def test_auto_is_searched_within_the_memory_and_bounded(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("auto", "--stages", "4", "--micro", "6", "--memory", "4", "--compare", "1f1b,zb_h1")
+    ours, *named = json.loads(shown(capsys, *words, "--json"))["schedules"]
+    assert ours["fits"] and max(ours["peak"]) <= 4
+    assert ours["bound"] <= ours["makespan"] <= min(n["makespan"] for n in named)
+    assert ours["gap"] == pytest.approx(ours["makespan"] / ours["bound"] - 1)
+    text = shown(capsys, *words)
+    assert text.startswith("auto") and "orders tried; no program is shorter than" in text
+    assert "fits a memory of 0.01" in refused(capsys, "auto", "--memory", "0.01")
+
+
+def test_costs_measured_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    m = Measurement(add_communication(one_f_one_b(2, 4)), ((0,), (1,)), (Seat(0, 0), Seat(1, 0)))
+    times = np.zeros((2, m.most, 4), dtype=np.int64)
+    for rank, row in enumerate(m.program.ranks):
+        lengths = [{"F": 2, "BW": 5 + rank}.get(a.op, 0) * 1_000_000 for a in row]
+        times[rank, : len(row), 1] = np.cumsum(lengths)
+        times[rank, : len(row), 0] = np.cumsum(lengths) - lengths
+    save(Trace(m, (Step(0, times, m.figures(times)),), "pp=2", (0.0, 0.0)), tmp_path)
+    report = json.loads(shown(capsys, "gpipe", "--measured", str(tmp_path), "--json"))
+    assert report["costs"] == {"F": [2.0, 2.0], "BW": [5.0, 6.0], "comm": 0.0}
+    (figures,) = report["schedules"]
+    assert (figures["ranks"], figures["microbatches"], figures["makespan"]) == (2, 4, 2 + 4 * 2 + 4 * 6 + 5)
+    assert "zb_h1 splits B from W, and the run measured BW" in refused(capsys, "zb_h1", "--measured", str(tmp_path))
+    said = refused(capsys, "1f1b", "--measured", str(tmp_path), "--costs", "1,1,1")
+    assert "--costs and --measured both say what actions take" in said
+    saved = tmp_path / "auto.csv"
+    shown(capsys, "auto", "--measured", str(tmp_path), "--save", str(saved))
+    assert {a.op for row in load_program(saved).ranks for a in row} == {"F", "BW"}, "what was not measured is not split"
 
 
 def test_a_picture_has_a_panel_for_each_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,9 +168,10 @@ def test_a_saved_program_loads_as_it_was(tmp_path: Path, capsys: pytest.CaptureF
     path = tmp_path / "saved.csv"
     shown(capsys, "1f1b", "--stages", "3", "--micro", "5", "--save", str(path))
     program = load_program(path)
-    assert program == with_transfers(one_f_one_b(3, 5)) == parse_program(path.read_text())
-    assert has_transfers(program)
-    assert with_transfers(program) is program
+    assert program == one_f_one_b(3, 5) == parse_program(path.read_text())
+    whole = with_transfers(program)
+    assert has_transfers(whole) and with_transfers(whole) is whole
+    path.write_text(whole.to_csv())
     assert "1f1b" in shown(capsys, "--file", str(path))
 
 
@@ -167,6 +203,11 @@ def test_a_program_that_cannot_run_is_refused_with_the_grid(tmp_path: Path, caps
     assert ">>" in said, "the grid marks the actions"
     said = refused(capsys, "--file", write(tmp_path, BY_HAND.replace(",BW:stage0@1", "")))
     assert said.startswith(f"triloom: {tmp_path / 'mine.csv'}: ") and ">> 1 F:stage0@1" in said
+
+
+def test_a_program_with_state_actions_is_for_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, BY_HAND.replace("BW:stage0@1", "BW:unit0@1,REDUCE:grads.0"))
+    assert "has actions on the training state" in refused(capsys, "--file", path)
 
 
 def test_sizes_come_from_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

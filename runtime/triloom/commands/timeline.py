@@ -14,8 +14,8 @@ from ..config.rules import at_least
 from ..config.schema import Section
 from ..draw import Bar, Chart, draw
 from ..errors import ConfigError
-from ..measured import BEGIN, Measurement, Measures, Times, differences, measures, rank_table
-from ..simulate import Costs, Timeline, simulate
+from ..measured import BEGIN, Measurement, Measures, Times, costs_of, differences, measures, rank_table
+from ..simulate import Timeline, simulate
 from ..trace import Step, Trace, load
 from .options import describe, read
 from .schedule import chart_of, chunk_of
@@ -89,14 +89,6 @@ def find_step(trace: Trace, number: int | None) -> Step:
             return step
     there = ", ".join(str(s.number) for s in trace.steps)
     raise ConfigError(f"--step {number} is not in the timeline; it has {there} (run.timeline sets how many are kept)")
-
-
-def costs_of(typical: Measures) -> Costs:
-    """Costs of measured medians, in milliseconds; BW stands for itself where B and W were not split."""
-    of, zero = typical.computes, (0.0,) * len(next(iter(typical.computes.values())))
-    return Costs(
-        F=of.get("F", zero), B=of.get("B", zero), W=of.get("W", zero), BW=of.get("BW"), R=of.get("R"), comm=typical.comm
-    )
 
 
 # ---------------------------------------------------------------- pictures
