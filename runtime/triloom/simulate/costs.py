@@ -53,6 +53,8 @@ class Costs:
 
     held: PerStage = 1.0
     """Memory from the start of F to the end of the backward (B or BW)."""
+    kept: PerStage = 0.0
+    """Memory from F to R in programs that recompute: what went into the units. ``held`` then counts from R on."""
     deferred: PerStage | None = None
     """Memory from the end of B to the end of W; as much as ``held`` if left out."""
 

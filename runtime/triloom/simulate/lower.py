@@ -9,15 +9,17 @@ from ..actions import COMPUTE as COMPUTE_OPS
 from ..actions import STATE, TRANSFER, Action, Program, Subject, stage_of
 from ..errors import ProgramError
 from ..passes import INPUT_GRADIENT, StateLayout
+from ..passes.resident import NEEDS_PARAMS
 from .costs import Costs, per_hop
 
-WORK, SEND, RECV, POST, BARRIER = range(5)
-"""Kinds of tasks: at work on the main lane, transfers, a collective on its lane, CLIP."""
+WORK, GATED, SEND, RECV, POST, BARRIER = range(6)
+"""Kinds of tasks: at work on the main lane (GATED: once something is done that the rank has posted),
+transfers, a collective on its lane, CLIP."""
 
 
 class Task(NamedTuple):
-    """kind; number of the tensor it needs (-1: none); seconds; number of what it makes or moves; and
-    of the transfer of that: latency, seconds on the link, and number of the link."""
+    """kind; number of the tensor it needs (-1: none); seconds; number of what it makes, moves or posts; of
+    the transfer of that the latency, seconds on the link, and number of the link; number of the post it waits for."""
 
     kind: int
     need: int
@@ -26,6 +28,7 @@ class Task(NamedTuple):
     latency: float = 0.0
     occupied: float = 0.0
     link: int = 0
+    gate: int = -1
 
 
 def hop(costs: Costs, where: Sequence[int], kind: str, stage: int) -> tuple[float, float]:
@@ -47,8 +50,10 @@ class Lowering:
         self.program, self.costs, self.layout, self.explicit = program, costs, layout, explicit
         self.where, self.count = program.stages, program.microbatches
         self.stage_of_unit = {u: s for s, units in enumerate(layout.units) for u in units} if layout else {}
-        self.buckets: dict[tuple[int, int | None], int] = {}
         self.tensors = 2 * len(self.where) * self.count
+        """Numbers given: boundary tensors first, then one for each post."""
+        self.posted: dict[Subject, int] = {}
+        """The last post about a subject on the rank at hand."""
         used = {a.op for row in program.ranks for a in row}
         self.seconds = {op: costs.seconds(op, self.where) for op in COMPUTE_OPS if op in used}
         self.hops = [self._hop("act", s) for s in range(len(self.where))]
@@ -57,14 +62,19 @@ class Lowering:
             **dict.fromkeys(COMPUTE_OPS, self._compute),
             **dict.fromkeys(TRANSFER, self._transfer),
             **dict.fromkeys(STATE, self._main),
-            "REDUCE": self._reduce,
-            "UNSHARD": self._post,
+            "REDUCE": self._post,
+            "UNSHARD": self._unshard,
+            "RESHARD": self._reshard,
             "STEP": self._step,
             "CLIP": self._clip,
         }
 
     def rows(self) -> list[list[Task]]:
-        return [[self.table[a.op](rank, a) for a in row] for rank, row in enumerate(self.program.ranks)]
+        rows = []
+        for rank, row in enumerate(self.program.ranks):
+            self.posted = {}
+            rows.append([self.table[a.op](rank, a) for a in row])
+        return rows
 
     def _hop(self, kind: str, stage: int) -> tuple[float, float, int]:
         """Latency, seconds on the link and number of the link of a stage's activation or gradient."""
@@ -78,10 +88,13 @@ class Lowering:
 
     def _compute(self, rank: int, action: Action) -> Task:
         if action.subject.kind == "unit":
-            return self._unit(action)
-        stage = action.subject.index or 0
-        seconds = self.seconds[action.op][stage]
-        return self._ends(action.op, stage, action.microbatch or 0, seconds, True, True)
+            task = self._unit(action)
+        else:
+            stage = action.subject.index or 0
+            task = self._ends(action.op, stage, action.microbatch or 0, self.seconds[action.op][stage], True, True)
+        if self.posted and self.layout is not None and action.op in NEEDS_PARAMS:
+            return self._gated(task, [Subject("params", b.index) for b in self.layout.touched(rank, action)])
+        return task
 
     def _ends(self, op: str, stage: int, microbatch: int, seconds: float, first: bool, last: bool) -> Task:
         """first: the part that takes the stage's input of this direction; last: the part that makes its output."""
@@ -116,21 +129,28 @@ class Lowering:
         kind, need = (SEND, -1) if action.op == "SEND" else (RECV, -1)
         return Task(kind, need, self.costs.overhead, key, *self.hops[line])
 
-    def _bucket(self, rank: int, subject: Subject) -> int:
-        return self.buckets.setdefault((rank, subject.index), self.tensors + len(self.buckets))
+    def _gated(self, task: Task, subjects: Sequence[Subject]) -> Task:
+        """After what was last posted about the subjects: posts of a rank end in their order."""
+        gate = max((self.posted[s] for s in subjects if s in self.posted), default=-1)
+        return task if gate < 0 else task._replace(kind=GATED, gate=gate)
 
     def _main(self, rank: int, action: Action) -> Task:
         return Task(WORK, -1, self.costs.state.get(action.op, 0.0), -1)
 
-    def _reduce(self, rank: int, action: Action) -> Task:
-        return Task(POST, -1, self.costs.state.get("REDUCE", 0.0), self._bucket(rank, action.subject))
-
     def _post(self, rank: int, action: Action) -> Task:
-        return Task(POST, -1, self.costs.state.get(action.op, 0.0), -1)
+        self.posted[action.subject] = self.tensors
+        self.tensors += 1
+        return Task(POST, -1, self.costs.state.get(action.op, 0.0), self.tensors - 1)
+
+    def _unshard(self, rank: int, action: Action) -> Task:
+        """Parameters are gathered; for gradients it only makes room."""
+        return self._post(rank, action) if action.subject.kind == "params" else Task(WORK, -1, 0.0, -1)
+
+    def _reshard(self, rank: int, action: Action) -> Task:
+        return self._gated(self._main(rank, action), [action.subject])
 
     def _step(self, rank: int, action: Action) -> Task:
-        need = self.buckets.get((rank, action.subject.index), -1)
-        return Task(WORK, need, self.costs.state.get("STEP", 0.0), -1)
+        return self._gated(self._main(rank, action), [Subject("grads", action.subject.index)])
 
     def _clip(self, rank: int, action: Action) -> Task:
         return Task(BARRIER, -1, self.costs.state.get("CLIP", 0.0), -1)

@@ -11,7 +11,7 @@ from ..errors import ProgramError
 from ..grid import grid
 from ..passes import StateLayout, add_communication
 from .costs import Costs
-from .lower import BARRIER, POST, RECV, SEND, WORK, Lowering, Task
+from .lower import BARRIER, GATED, POST, RECV, SEND, WORK, Lowering, Task
 from .memory import peaks
 from .timeline import Span, Timeline
 
@@ -29,7 +29,8 @@ def simulate(program: Program, costs: Costs | None = None, *, layout: StateLayou
     if not explicit and (costs.blocking or costs.rendezvous or costs.overhead):
         program, explicit = add_communication(program), True
     lowering = Lowering(program, costs, layout, explicit)
-    replay = _Replay(program, costs, lowering.rows(), lowering.tensors + len(lowering.buckets))
+    rows = lowering.rows()
+    replay = _Replay(program, costs, rows, lowering.tensors)
     replay.run()
     return replay.timeline(peaks(program, costs, layout))
 
@@ -70,8 +71,8 @@ class _Replay:
         ready, waiting, runnable = self.ready, self.waiting, self.runnable
         begins, ends = self.begins[rank], self.ends[rank]
         while i < len(row):
-            kind, need, seconds, made, latency, occupied, link = task = row[i]
-            if kind != WORK:
+            kind, need, seconds, made, latency, occupied, link, gate = task = row[i]
+            if kind > GATED:
                 self.clock[rank], self.step[rank] = t, i
                 if not self._other(rank, task):
                     return
@@ -85,6 +86,8 @@ class _Replay:
                     break
                 if there > t:
                     t = there
+            if gate >= 0 and ready[gate] > t:
+                t = ready[gate]
             begins.append(t)
             t += seconds
             ends.append(t)
@@ -157,8 +160,7 @@ class _Replay:
         begin = max(self._spend(rank, 0.0), self.collectives[rank])
         end = self.collectives[rank] = begin + task.seconds
         self.lanes[rank].append(Span(self.program.ranks[rank][self.step[rank]], begin, end))
-        if task.made >= 0:
-            self.ready[task.made] = end
+        self.ready[task.made] = end
 
     def _meet(self, rank: int, task: Task) -> bool:
         """CLIP: every rank waits for its own reductions, then for all other ranks."""
@@ -182,7 +184,7 @@ class _Replay:
             tuple(map(Span, row, begins, ends))
             for row, begins, ends in zip(self.program.ranks, self.begins, self.ends, strict=True)
         )
-        busy = tuple(sum(task.seconds for task in row if task.kind in (WORK, BARRIER)) for row in self.rows)
+        busy = tuple(sum(task.seconds for task in row if task.kind in (WORK, GATED, BARRIER)) for row in self.rows)
         end = tuple(
             max([clock, lane, *(s.end for s in sent[-1:])])
             for clock, lane, sent in zip(self.clock, self.collectives, self.lanes, strict=True)
