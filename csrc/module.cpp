@@ -13,6 +13,9 @@
 namespace py = pybind11;
 
 namespace triloom {
+
+void bind_optimizers(py::module_& m);  // optimizers_module.cpp
+
 namespace {
 
 using Address = std::uintptr_t;
@@ -143,6 +146,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("sum_squares_partials", &py_partials, NoGil());
     m.def("wide_sum", &py_wide_sum, NoGil());
     m.def("reduce_ranks", &py_reduce_ranks, NoGil());
+    bind_optimizers(m);
     bind_nccl(m);
 }
 
