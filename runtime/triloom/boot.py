@@ -24,7 +24,7 @@ from .errors import ConfigError
 from .groups.base import Group
 from .groups.objects import gather_objects
 from .hooks import Hooks, exit_code
-from .launchers import find_launcher
+from .launchers import announced_rank, find_launcher
 from .topology import Topology, forced_topology, make_topology, node_key
 
 
@@ -95,12 +95,23 @@ class Lifetime:
             self._hooks.restore()
 
 
-def announced_size(environ: Mapping[str, str] | None = None) -> int:
-    """The world size that a launcher announced to this process, without connecting; 1 if none started it.
+@dataclass(frozen=True)
+class Announced:
+    """What a launcher says of this process before anything is connected; rank "?" if it does not say."""
+
+    launcher: str
+    size: int
+    rank: str
+
+
+def announced(environ: Mapping[str, str] | None = None) -> Announced:
+    """Read launcher, world size and rank without connecting: ("python", 1, "?") if no launcher started this process.
 
     A shell inside a Slurm allocation was not started by a launcher, whatever the allocation's size.
     """
-    return find_launcher(os.environ if environ is None else environ)[1]
+    env = os.environ if environ is None else environ
+    row, size = find_launcher(env)
+    return Announced(row.name, size, announced_rank(row, env))
 
 
 def init(
@@ -143,8 +154,8 @@ def init(
     elif comm is not None:
         name, connection = "comm", connect_comm(comm, deadline)
     else:
-        row, announced = find_launcher(env, launcher)
-        name, connection = row.name, CONNECT[row.transport](row, announced, deadline, env)
+        row, expected = find_launcher(env, launcher)
+        name, connection = row.name, CONNECT[row.transport](row, expected, deadline, env)
     return _world(name, connection, env, Wishes(hosts, local_rank, local_size, device, threads, hooks))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import __version__
+from .commands.doctor import run_doctor
 from .commands.schedule import run_schedule
 from .commands.timeline import run_timeline
 from .config import Config, Loaded, help_fields, load
@@ -19,6 +20,7 @@ triloom trains one model on many ranks: tensor, pipeline and data parallelism un
   mpirun -n 4 triloom train [--config run.toml] [--parallel.tp 2 ...]   train; see triloom train --help
   triloom schedule NAME --stages 8 --micro 32 ...   draw a pipeline schedule; see triloom schedule --help
   triloom timeline RUN            draw a measured step under its simulation; see triloom timeline --help
+  triloom doctor [FOLDER]         what this machine offers and lacks; under mpirun, how the ranks talk
   triloom demo [--dir FOLDER]     train a small transformer on 4 ranks in two ways, and compare (2 minutes)
   triloom --version               print the version
 """
@@ -154,11 +156,10 @@ def run_demo(words: Sequence[str]) -> int:
     from . import boot
     from .demo import demo
 
-    with boot.init() as world:
-        if world.size > 1:
-            if world.rank == 0:
-                _refuse("triloom demo starts its own ranks; run it without mpirun")
-            return REFUSED
+    here = boot.announced()
+    if here.size > 1:
+        text = f"triloom demo starts its own ranks; run it once, not on the {here.size} that {here.launcher} started"
+        return _refuse(text) if here.rank == "0" else REFUSED
     folder: str | None = None
     rest = list(words)
     while rest:
@@ -173,12 +174,11 @@ def run_demo(words: Sequence[str]) -> int:
 
 
 def _print_once(text: str) -> int:
-    """Print on rank 0, or without asking where no world can be made: a text for people needs none."""
+    """Print on rank 0, or without asking where the launcher cannot be told: a text for people needs none."""
     from . import boot
 
     try:
-        with boot.init() as world:
-            shown = text if world.rank == 0 else ""
+        shown = text if boot.announced().rank in ("0", "?") else ""
     except ConfigError:
         shown = text
     print(shown, end="\n" if shown else "")
@@ -203,6 +203,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": run_train,
     "schedule": run_schedule,
     "timeline": run_timeline,
+    "doctor": run_doctor,
     "demo": run_demo,
 }
 

@@ -65,21 +65,28 @@ def _singletons(what: str, env: Env) -> str:
 # ---------------------------------------------------------------- MPI
 
 
+def load_mpi() -> Any:
+    """mpi4py's MPI, loaded and not initialised. Raises ImportError without mpi4py, RuntimeError without an MPI."""
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = False
+    from mpi4py import MPI
+
+    return MPI
+
+
 def connect_mpi(launcher: Launcher, announced: int, deadline: float, env: Env) -> Connection:
     """The world of MPI, initialised here unless the program did so before."""
     if announced == 1:
         return connect_one(launcher, announced, deadline, env)
     try:
-        import mpi4py
+        MPI = load_mpi()
     except ImportError as error:
         raise ConfigError(
             f"rank {announced_rank(launcher, env)}: {launcher.name} started {announced} ranks, but mpi4py is not "
             f"installed: {INSTALL_MPI}"
         ) from error
-    mpi4py.rc.initialize = False
-    mpi4py.rc.finalize = False
-    from mpi4py import MPI
-
     if MPI.Is_finalized():
         raise ConfigError("MPI was finalised in this process and cannot start again; keep one world open until the end")
     owner = not MPI.Is_initialized()
@@ -130,14 +137,20 @@ def connect_torch(launcher: Launcher, announced: int, deadline: float, env: Env)
     rank = int(numbers["RANK"])
     if announced == 1:
         return connect_one(launcher, announced, deadline, env)
-    store = dist.TCPStore(
-        env["MASTER_ADDR"],
-        int(numbers["MASTER_PORT"]),
-        is_master=rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        timeout=timedelta(seconds=deadline),
-        wait_for_workers=False,
-        multi_tenant=True,  # the same process may hold torch's own world at this address
-    )
+    address = (env["MASTER_ADDR"], int(numbers["MASTER_PORT"]))
+    try:
+        store = dist.TCPStore(
+            *address,
+            is_master=rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            timeout=timedelta(seconds=deadline),
+            wait_for_workers=False,
+            multi_tenant=True,  # the same process may hold torch's own world at this address
+        )
+    except RuntimeError as error:
+        raise ConfigError(
+            f"rank {rank} of {announced} cannot reach torch's store at MASTER_ADDR={address[0]} "
+            f"MASTER_PORT={address[1]}: {error}"
+        ) from error
     # An agent's store survives a restart of the workers, with the keys of the attempt before.
     attempt = f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return _connect_store(store, f"triloom/{attempt}", rank, announced, deadline)

@@ -148,6 +148,13 @@ def measure(group: Group, topology: Topology) -> Bandwidths:
     return Bandwidths(*(None if pair is None else pair_bandwidth(group, *pair) for pair in (inside, outside)))
 
 
+def describe_placement(group: Group, mesh: Mesh, topology: Topology) -> str | None:
+    """What to say of the mesh's place on the nodes, None for one node; collective over ``group`` (it may measure)."""
+    if crossing(mesh, topology):
+        return f"warning: {placement_warning(mesh, topology, measure(group, topology))}"
+    return placement_note(mesh, topology) if len(topology.names) > 1 else None
+
+
 def pair_bandwidth(group: Group, a: int, b: int, *, nbytes: int = MEASURED_BYTES, repeats: int = 5) -> float:
     """Bytes per second that ranks ``a`` and ``b`` send to each other at once, the median of ``repeats``; collective."""
     seconds = 0.0

@@ -30,6 +30,7 @@ from .runlog import Log, Result, check_run_dir, open_log
 from .spans import Spans
 from .timing import Timing, make_timing
 from .together import agree_on, together
+from .topology import describe_placement
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -73,6 +74,9 @@ def train(
     """
     job = together(world.group, lambda: _prepare_rank(config, world, sources))
     agree_on(world.group, _must_agree(job), "start every rank with the same configuration and data")
+    placed = describe_placement(world.group, job.plan.mesh, world.topology)
+    if placed and world.rank == 0:
+        print(placed, file=out or sys.stdout, flush=True)
     spans = Spans() if job.plan.config.run.timeline else None
     engine = make_engine(job, world, spans)
     timing = make_timing(engine, spans, world.group, job.plan.config.run.timeline)

@@ -67,12 +67,12 @@ TORCHRUN = {**TORCH_ENV, "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_
 def test_found_by_its_variables(env: dict[str, str], launcher: str, size: int, rank: str) -> None:
     row, announced = find_launcher(env)
     assert (row.name, announced, announced_rank(row, env)) == (launcher, size, rank)
-    assert boot.announced_size(env) == size
+    assert boot.announced(env) == boot.Announced(launcher, size, rank)
 
 
 @pytest.mark.parametrize("env", [ALLOCATION, BATCH])
 def test_a_shell_in_an_allocation_was_not_launched_but_trains_nothing_alone(env: dict[str, str]) -> None:
-    assert boot.announced_size(env) == 1
+    assert boot.announced(env).size == 1
     with pytest.raises(ConfigError, match=r"SLURM_NTASKS=4.*world of 1 rank.*`srun --mpi=pmix`"):
         boot.init(environ=env, hooks=False)
     assert boot.init(environ=env, launcher="one", hooks=False).size == 1

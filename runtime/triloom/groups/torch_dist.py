@@ -163,6 +163,9 @@ class TorchWire(Wire):
     def memory(self, address: int, nbytes: int) -> memoryview:
         return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
 
+    def look(self) -> None:
+        """Nothing to do: gloo's own thread notices, and whoever started the ranks ends them."""
+
     def unexpected(self, peer: int) -> list[tuple[int, bytes]]:
         return []  # torch cannot look at a message that nobody receives
 
