@@ -30,6 +30,7 @@ from .parallel.executor import Executor, Recorder, StepState, UnitRun
 from .parallel.gather import gather_full
 from .parallel.norms import Clip
 from .parallel.partition import partition
+from .parallel.segments import check_rules
 from .parallel.sharded import LocalParam, ShardedState
 from .parallel.totals import Totals
 from .parallel.weight_grads import UnitGrads
@@ -154,7 +155,9 @@ class Engine:
 
         def local() -> tuple[dict[int, torch.nn.Module], list[LocalParam]]:
             modules = build.build_units(self._named, mine, self.scope)
-            return modules, build.collect(self._named, modules, self._ties)
+            params = build.collect(self._named, modules, self._ties)
+            check_rules({p.name: p.spec for p in params}, self.optimizer, self.scope.tp.size)
+            return modules, params
 
         self.modules, params = together(self.world, local)
         tie_groups = build.tie_groups(self._ties, self.groups.axis("pp"))
@@ -292,7 +295,10 @@ class Engine:
         Collective. Holds the whole model on every rank: for tests, export and small models.
         """
         specs: dict[str, ShardSpec] = {name: p.spec for name, p in self.state.params.items()}
-        return gather_full(self.state.whole(kind), specs, self.groups)
+        state = gather_full(self.state.whole(kind), specs, self.groups)
+        if not state:
+            raise ConfigError(f"no parameter has a state {kind!r}; ask for params, master or a state of the optimizer")
+        return state
 
     def memory(self) -> dict[str, int]:
         """Bytes this rank holds, by class; activations at their peak."""
