@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ConfigError
 from ..groups.base import Group
 from ..groups.mesh_groups import MeshGroups
 from ..groups.objects import broadcast_object, gather_objects
@@ -24,7 +25,8 @@ def gather_full(
     out: dict[str, torch.Tensor] = {}
     for owner in range(pp.size):
         mine = [
-            [name, str(t.dtype).removeprefix("torch."), list(specs[name].global_shape)] for name, t in local.items()
+            [n, str(t.dtype).removeprefix("torch."), list(t.shape if specs[n].dim is None else specs[n].global_shape)]
+            for n, t in local.items()
         ]
         for name, dtype, shape in broadcast_object(pp, mine if pp.rank == owner else None, owner):
             if pp.rank == owner:
@@ -41,6 +43,11 @@ def gather_full(
 def _assemble(shard: torch.Tensor, spec: ShardSpec, tp: Group) -> torch.Tensor:
     if spec.dim is None or tp.size == 1:
         return shard.clone().contiguous()
+    if shard.dim() != len(spec.global_shape):
+        raise ConfigError(
+            f"a state of shape {tuple(shard.shape)} for a parameter of shape {spec.global_shape}, of which tp={tp.size} "
+            "ranks hold parts, cannot be assembled; ask for one that has the parameter's shape"
+        )
     slices: list[Any] = gather_objects(tp, list(spec.slices))
     lengths = [sum(hi - lo for lo, hi in s) for s in slices]
     rest = shard.movedim(spec.dim, 0)

@@ -11,7 +11,8 @@ import torch
 
 from ..errors import ConfigError
 from ..groups.base import Group
-from ..optim.base import BLOCK, Spec, Treatment
+from ..optim.base import BLOCK, Optimizer, Spec, Treatment
+from ..shards import ShardSpec
 from .flat import ALIGN, Bucket, Slot, pieces
 
 Treatments = Mapping[str, Treatment]
@@ -96,13 +97,15 @@ def padding(bucket: Bucket, updates: slice, treatments: Treatments) -> list[slic
     return [slice(lo - updates.start, hi - updates.start) for lo, hi in gaps if lo < hi]
 
 
-def check_whole(name: str, treatment: Treatment, *, split: bool) -> None:
+def check_rules(specs: Mapping[str, ShardSpec], optimizer: Optimizer, tp: int) -> None:
     """Raise ConfigError for a rule on whole tensors and a parameter that is split over tp."""
-    if split and treatment.rule.reach is None:
-        raise ConfigError(
-            f"{type(treatment.rule).__name__} updates whole tensors, and {name} is split over tp: on the parts alone it "
-            "would be another algorithm. Use tp=1, or give the parameter to an element-wise rule"
-        )
+    for name, spec in specs.items():
+        rule = optimizer.treatment(name, spec.global_shape).rule
+        if rule.reach is None and spec.dim is not None and tp > 1:
+            raise ConfigError(
+                f"{type(rule).__name__} updates whole tensors, and {name} {spec.global_shape} is split over tp={tp}: on "
+                "its parts it would be another algorithm. Use tp=1, or give the parameter to an element-wise rule"
+            )
 
 
 # ---------------------------------------------------------------- all of a state, for tests and export

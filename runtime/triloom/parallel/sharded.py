@@ -30,7 +30,7 @@ from .executor import Handler, StepState
 from .flat import Bucket, Entry, Slot, layout, pieces
 from .guard import guard
 from .reduction import Exact, Reduction
-from .segments import check_whole, whole_states
+from .segments import whole_states
 from .ties import Tie
 from .weight_grads import Accumulator
 
@@ -99,7 +99,6 @@ class ShardedState:
         entries, rules = [], list[Rule]()
         for name, p in self.params.items():
             rule = self._treatments[name].rule
-            check_whole(name, self._treatments[name], split=p.spec.dim is not None and self._tp.size > 1)
             if rule not in rules:
                 rules.append(rule)
             dtype = str(p.param.dtype).removeprefix("torch.")
