@@ -114,7 +114,9 @@ def _panel(chart: Chart, y: float, scale: float, end: float, shapes: list[Shape]
     return _axis(chart, bottom + 3, scale, end, shapes) + 16
 
 
-def _bars(bars: Sequence[Bar], y: float, height: float, scale: float, sizes: Mapping[str, float]) -> Iterator[Shape]:
+def _bars(
+    bars: Sequence[Bar], y: float, height: float, scale: float, sizes: Mapping[str, tuple[int, float]]
+) -> Iterator[Shape]:
     for bar in bars:
         width = (bar.end - bar.begin) * scale
         edge = min(0.6, width / 8)  # white between neighbours, without hiding thin bars
@@ -123,8 +125,8 @@ def _bars(bars: Sequence[Bar], y: float, height: float, scale: float, sizes: Map
     for bar in bars:
         if bar.microbatch is None or bar.op not in sizes:
             continue
-        digits = str(bar.microbatch)
-        size = min(sizes[bar.op], height * 0.62, _fitting(bar, len(digits), scale))
+        digits, (most, usual) = str(bar.microbatch), sizes[bar.op]
+        size = min(max(usual, 7.5), height * 0.62, _fitting(bar, most, scale))
         if size >= SMALLEST:
             middle = LEFT + (bar.begin + bar.end) / 2 * scale
             yield Text(middle, y + height / 2 + size * 0.36, digits, size, "#ffffff" if bar.chunk else INK, "middle")
@@ -135,16 +137,16 @@ def _fitting(bar: Bar, digits: int, scale: float) -> float:
     return ((bar.end - bar.begin) * scale - 1.2) / (DIGIT * digits)
 
 
-def _number_sizes(chart: Chart, scale: float) -> dict[str, float]:
-    """One size per op for the numbers in its bars: the longest number fits most of them."""
+def _number_sizes(chart: Chart, scale: float) -> dict[str, tuple[int, float]]:
+    """For each op the digits of its longest number, and the size in which that fits most of its bars."""
     sizes = {}
     for op in COMPUTE:
         bars = [b for row in chart.rows for b in row if b.op == op and b.microbatch is not None]
         if bars:
             digits = max(len(str(b.microbatch)) for b in bars)
-            sizes[op] = min(9.5, median(_fitting(b, digits, scale) for b in bars))
-    readable = [size for size in sizes.values() if size >= SMALLEST]
-    return {op: min(size, 1.3 * min(readable, default=size)) for op, size in sizes.items()}
+            sizes[op] = digits, min(9.5, median(_fitting(b, digits, scale) for b in bars))
+    readable = [size for _, size in sizes.values() if size >= SMALLEST]
+    return {op: (digits, min(size, 1.3 * min(readable, default=size))) for op, (digits, size) in sizes.items()}
 
 
 def _fill(op: str, chunk: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from array import array
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -62,6 +63,59 @@ class Spans:
     def rows(self) -> torch.Tensor:
         """int64 (actions, COLUMNS) of the last list; a copy."""
         return torch.tensor(self._data[: self._at], dtype=torch.int64).view(-1, COLUMNS)
+
+
+class DeviceSpans:
+    """The same for a GPU, by events on the stream that computes: an action begins when the one before it is over.
+
+    Its rows are on the host's clock, which is read once a list, when the device has nothing to do. What the
+    device waits for between two actions other than a receive (a launch that comes late) counts to the second.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events: list[torch.cuda.Event] = []
+        self._used = 0
+        self._start_ns = 0
+        self._ends: list[int] = []
+        self._waits: dict[int, int] = {}
+
+    def begin(self, actions: int) -> None:
+        torch.cuda.synchronize(self._device)
+        self._used = 0
+        self._ends, self._waits = [], {}
+        self._start_ns = time.perf_counter_ns()
+        self._mark()
+
+    def _mark(self) -> int:
+        """Number of a new event at this place of the stream."""
+        if self._used == len(self._events):
+            self._events.append(torch.cuda.Event(enable_timing=True))
+        self._events[self._used].record(torch.cuda.current_stream(self._device))
+        self._used += 1
+        return self._used - 1
+
+    def action(self, action: Action, begin_ns: int, end_ns: int) -> None:
+        self._ends.append(self._mark())
+
+    def wait(self, begin_ns: int, end_ns: int) -> None:
+        self._waits[len(self._ends)] = self._mark()
+
+    def rows(self) -> torch.Tensor:
+        """As of :class:`Spans`; waits for the device."""
+        self._events[self._used - 1].synchronize()
+        start = self._events[0]
+        at = [self._start_ns + round(start.elapsed_time(e) * 1e6) for e in self._events[: self._used]]
+        rows = []
+        for i, (begin, end) in enumerate(pairwise([0, *self._ends])):
+            until = self._waits.get(i)
+            rows.append([at[begin], at[end], *((0, 0) if until is None else (at[until] - at[begin], at[until]))])
+        return torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS)
+
+
+def spans_on(device: torch.device) -> Spans | DeviceSpans:
+    """A recorder for actions that compute on a device."""
+    return Spans() if device.type == "cpu" else DeviceSpans(device)
 
 
 def gather_rows(group: Group, mine: torch.Tensor, most: int) -> torch.Tensor:

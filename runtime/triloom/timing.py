@@ -12,7 +12,7 @@ import torch
 from .engine import Engine
 from .groups.base import Group
 from .measured import BEGIN, END, Figures, Measurement, Seat
-from .spans import STAMPS, Offsets, Spans, align, clock_offsets, gather_rows
+from .spans import STAMPS, DeviceSpans, Offsets, Spans, align, clock_offsets, gather_rows
 from .trace import Step, Trace, save
 
 
@@ -43,7 +43,7 @@ class Timed:
     the clocks; collective, as all of its methods.
     """
 
-    def __init__(self, engine: Engine, spans: Spans, world: Group, keep: int) -> None:
+    def __init__(self, engine: Engine, spans: Spans | DeviceSpans, world: Group, keep: int) -> None:
         self._spans = spans
         self._world = world
         self._mesh = str(engine.mesh)
@@ -83,6 +83,6 @@ def measurement(engine: Engine) -> Measurement:
     return Measurement(engine.program, tuple(tuple(units) for units in engine.stage_units), tuple(seats))
 
 
-def make_timing(engine: Engine, spans: Spans | None, world: Group, keep: int) -> Timing:
+def make_timing(engine: Engine, spans: Spans | DeviceSpans | None, world: Group, keep: int) -> Timing:
     """For spans, :class:`Timed`; collective then."""
     return Untimed() if spans is None else Timed(engine, spans, world, keep)

@@ -27,7 +27,7 @@ from .parallel.executor import Recorder
 from .plan import Plan, make_plan
 from .program_file import check, has_state
 from .runlog import Log, Result, check_run_dir, open_log
-from .spans import Spans
+from .spans import spans_on
 from .timing import Timing, make_timing
 from .together import agree_on, together
 from .topology import describe_placement
@@ -77,7 +77,7 @@ def train(
     placed = describe_placement(world.group, job.plan.mesh, world.topology)
     if placed and world.rank == 0:
         print(placed, file=out or sys.stdout, flush=True)
-    spans = Spans() if job.plan.config.run.timeline else None
+    spans = spans_on(world.device) if job.plan.config.run.timeline else None
     engine = make_engine(job, world, spans)
     timing = make_timing(engine, spans, world.group, job.plan.config.run.timeline)
     data = f"{job.corpus.name}, {len(job.corpus.tokens):,} bytes"

@@ -21,10 +21,11 @@ from triloom.measured import Measurement, Seat, Times, differences, measures, ra
 from triloom.passes import add_communication
 from triloom.schedules import Schedule, one_f_one_b, zb_h1
 from triloom.simulate import Costs, simulate
-from triloom.spans import Offsets, Spans, align, clock_offsets, gather_rows
+from triloom.spans import DeviceSpans, Offsets, Spans, align, clock_offsets, gather_rows, spans_on
 from triloom.trace import Step, Trace, load, save
 
 F = Action("F", Subject("stage", 0), 0)
+MS = 1_000_000
 
 # ---------------------------------------------------------------- recording
 
@@ -62,6 +63,49 @@ def test_recording_costs_microseconds() -> None:
             spans.action(F, at, time.perf_counter_ns())
         best = min(best, (time.perf_counter() - begin) / n)
     assert best < 2e-6
+
+
+class FakeEvent:
+    """A CUDA event of a stream on which time passes by hand (milliseconds)."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = -1.0
+
+    def record(self, stream: object) -> None:
+        self.at = FakeEvent.now
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return other.at - self.at
+
+
+def test_spans_of_a_gpu_follow_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    spans = DeviceSpans(torch.device("cuda", 0))
+    for start in (100.0, 900.0):
+        FakeEvent.now = start
+        before = time.perf_counter_ns()
+        spans.begin(2)
+        FakeEvent.now += 2.0
+        spans.action(F, 0, 0)
+        FakeEvent.now += 1.5
+        spans.wait(0, 0)
+        FakeEvent.now += 3.0
+        spans.action(F, 0, 0)
+        rows = spans.rows()
+        zero = int(rows[0, 0])
+        assert before <= zero <= time.perf_counter_ns()
+        assert (rows - torch.tensor([[zero, zero, 0, 0], [zero, zero, 0, zero]])).tolist() == [
+            [0, 2 * MS, 0, 0],
+            [2 * MS, 6.5 * MS, 1.5 * MS, 3.5 * MS],
+        ]
+    assert isinstance(spans_on(torch.device("cpu")), Spans)
 
 
 def test_gathered_rows_are_padded_to_the_longest_list() -> None:
@@ -120,8 +164,6 @@ def test_alignment_adds_offsets_and_follows_drift() -> None:
 
 
 # ---------------------------------------------------------------- the bubble
-
-MS = 1_000_000
 
 
 def played(program: Program, costs: Costs) -> Times:
