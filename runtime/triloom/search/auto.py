@@ -100,9 +100,13 @@ def auto(
     return Found(best.program, best, bound, best_named, woven)
 
 
-def automatic(costs: Costs, *, memory: Limit = None, split: bool = True) -> Schedule:
+def automatic(costs: Costs, *, memory: Limit = None, split: bool = True, effort: int = EFFORT) -> Schedule:
     """``auto`` as a schedule, for an engine."""
-    return lambda ranks, microbatches: auto(ranks, microbatches, costs, memory=memory, split=split).program
+
+    def schedule(ranks: int, microbatches: int) -> Program:
+        return auto(ranks, microbatches, costs, memory=memory, split=split, effort=effort).program
+
+    return schedule
 
 
 def _limits(memory: Limit, ranks: int) -> list[float]:
