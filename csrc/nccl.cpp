@@ -59,7 +59,8 @@ Nccl::Nccl(const std::string& path, bool loaded_only) {
     handle_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL | (loaded_only ? RTLD_NOLOAD : 0));
     if (handle_ == nullptr) {
         const char* why = dlerror();
-        throw NcclError(why != nullptr ? why : path + " is not loaded in this process");
+        if (loaded_only || why == nullptr) throw NcclError(path + " is not loaded in this process");
+        throw NcclError(why);
     }
     for (int i = 0; i < kCount; ++i) symbols_[i] = dlsym(handle_, kFunctions[i].name);
     path_ = path;
