@@ -3,12 +3,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <string_view>
+
 #include "adamw.h"
 #include "elementwise.h"
 #include "nccl.h"
 #include "philox.h"
 #include "pool.h"
 #include "reduce.h"
+#include "shm.h"
 
 namespace py = pybind11;
 
@@ -125,6 +129,66 @@ void bind_nccl(py::module_& m) {
     m.def("exchange_capture_mode", &exchange_capture_mode);
 }
 
+ShmOpPtr shm_op(std::string_view header, int verb, int dtype, int reduce, int root, bool refused, bool ready, Address out,
+                Address in, int64_t elements) {
+    require(verb >= 0 && verb <= static_cast<int>(ShmVerb::transfer), "shm: no such operation");
+    require(reduce >= 0 && reduce <= 2, "shm: the reduction is not 0 (sum), 1 (max) or 2 (min)");
+    require(elements >= 0, "shm: the number of elements is negative");
+    auto op = std::make_shared<ShmOp>();
+    op->verb = static_cast<ShmVerb>(verb);
+    op->dtype = dtype_of(dtype);
+    op->reduce = static_cast<ReduceOp>(reduce);
+    op->root = root;
+    op->refused = refused;
+    op->ready.store(ready);
+    op->out = static_cast<char*>(at(out));
+    op->in = static_cast<const char*>(at(in));
+    op->elements = elements;
+    op->header.fill(0);
+    std::copy_n(header.data(), std::min(header.size(), op->header.size()), op->header.data());
+    return op;
+}
+
+std::vector<py::bytes> shm_said(const ShmOp& op) {
+    std::vector<py::bytes> said;
+    for (const auto& header : op.said) said.emplace_back(header.data(), header.size());
+    return said;
+}
+
+void bind_shm(py::module_& m) {
+    py::class_<ShmOp, ShmOpPtr>(m, "ShmOp")
+        .def(py::init(&shm_op))
+        .def_property_readonly("over", &ShmOp::over)
+        .def_property_readonly("state", [](const ShmOp& op) { return op.state.load(); })
+        .def_property_readonly("said", &shm_said);
+    py::class_<ShmEngine, std::shared_ptr<ShmEngine>>(m, "ShmEngine")
+        .def(py::init<int, int, const std::vector<int>&, double>())
+        .def_static("bells_bytes", &ShmEngine::bells_bytes)
+        .def("wait", [](ShmEngine& e, ShmOp& op, double s) { return static_cast<int>(e.wait(op, s)); }, NoGil())
+        .def("poll", &ShmEngine::poll, NoGil())
+        .def("release", &ShmEngine::release, NoGil())
+        .def("ended_processes", &ShmEngine::ended_processes)
+        .def("stop", &ShmEngine::stop, NoGil());
+    const auto layout = [](const std::array<int64_t, 4>& sizes) {
+        return ShmLayout{sizes[0], sizes[1], sizes[2], sizes[3]};
+    };
+    py::class_<ShmChannel, std::shared_ptr<ShmChannel>>(m, "ShmChannel")
+        .def(py::init([layout](std::shared_ptr<ShmEngine> engine, int fd, const std::array<int64_t, 4>& sizes, int rank,
+                               std::vector<int> bells, bool check) {
+            return std::make_shared<ShmChannel>(std::move(engine), fd, layout(sizes), rank, std::move(bells), check);
+        }))
+        .def_static("total_bytes", [layout](const std::array<int64_t, 4>& sizes) { return layout(sizes).total(); })
+        .def("collective", &ShmChannel::collective, NoGil())
+        .def("transfer", &ShmChannel::transfer, NoGil())
+        .def("late", &ShmChannel::late)
+        .def("unexpected", [](ShmChannel& channel, int peer) {
+            std::vector<std::pair<int, py::bytes>> found;
+            for (const auto& [kind, header] : channel.unexpected(peer)) found.emplace_back(kind, py::bytes(header));
+            return found;
+        })
+        .def("close", &ShmChannel::close, NoGil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -146,6 +210,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("sum_squares_partials", &py_partials, NoGil());
     m.def("wide_sum", &py_wide_sum, NoGil());
     m.def("reduce_ranks", &py_reduce_ranks, NoGil());
+    bind_shm(m);
     bind_optimizers(m);
     bind_nccl(m);
 }

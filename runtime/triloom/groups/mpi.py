@@ -34,6 +34,9 @@ class MPIWire(Wire):
     def memory(self, address: int, nbytes: int) -> Any:
         return self._address(address, nbytes)
 
+    def look(self) -> None:
+        self.comm.Iprobe()  # Open MPI ends this process if its mpirun is gone, but only inside of a call
+
     def unexpected(self, peer: int) -> list[tuple[int, bytes]]:
         found = []
         for tag in HEADERS:

@@ -55,6 +55,10 @@ class Wire(ABC):
     def recv_init(self, address: int, nbytes: int, peer: int, tag: int) -> Any:
         """A request that receives each time it is started."""
 
+    def look(self) -> None:
+        """Let the transport notice what became of the job; called now and then while nothing else calls it."""
+        return
+
     @abstractmethod
     def unexpected(self, peer: int) -> list[tuple[int, bytes]]:
         """Take the headers that came from a peer and that no operation here waits for, as ``(tag, header)``.

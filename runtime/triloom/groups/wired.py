@@ -28,6 +28,8 @@ from .checked import CheckedGroup
 from .fingerprint import HEADER_BYTES, Call, describe, describe_header, group_id, mismatch_text, pack, rank_list
 from .moves import LARGE, SMALL, Move
 from .progress import Job, Pending, Progress, Steps
+from .shared import SharedLanes, SharedWork, connect
+from .shared_host import Host, SharedMemory
 from .solo import Solo
 from .staging import GpuCopies, GpuStage, HostPool
 from .wire import HEADER, INLINE_BYTES, RECV_HEADER, ROW_BYTES, SEND_HEADER, TRANSFER, Slot, Wire
@@ -51,7 +53,8 @@ class WiredGroup(CheckedGroup):
 
     deadline: default seconds a wait may take. progress_thread: drive operations while nobody
     waits. check: compare fingerprints (off only to measure what that costs: what the wire does with
-    operations that do not match is then undefined).
+    operations that do not match is then undefined). shared: how groups whose ranks are all on one host use
+    its memory instead of the wire; None: they do not. ``transport`` says what became of it.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class WiredGroup(CheckedGroup):
         deadline: float = 600.0,
         progress_thread: bool = True,
         check: bool = True,
+        shared: SharedMemory | None = SharedMemory(),  # noqa: B008 (frozen)
         _parent: WiredGroup | None = None,
         _members: Sequence[int] | None = None,
     ) -> None:
@@ -82,10 +86,16 @@ class WiredGroup(CheckedGroup):
         self._slots: list[Slot] = []
         self._failed = ""
         self._closed = False
+        self._host: Host | None = _parent._host if _parent else None
+        self._local: SharedLanes | None = None
+        self.transport = ""
+        connect(self, shared if _parent is None else None)
 
     # -- issuing ---------------------------------------------------------------------------------
 
     def _issue(self, call: Call, output: torch.Tensor | None, input: torch.Tensor | None) -> Work:
+        if self._local is not None:
+            return self._local.issue(call, output, input)
         seq = self._seq
         work = WiredWork(self, call, seq, "")
         self._refuse_if_unusable(work)
@@ -100,6 +110,8 @@ class WiredGroup(CheckedGroup):
         return work
 
     def _transfer(self, call: Call, tensor: torch.Tensor, peer: int, *, sending: bool) -> Work:
+        if self._local is not None:
+            return self._local.transfer(call, tensor, peer, sending)
         seq = self._transfers.get((peer, sending), 0)
         work = WiredWork(self, call, seq, f"send to rank {peer}" if sending else f"recv from rank {peer}")
         self._refuse_if_unusable(work)
@@ -116,7 +128,7 @@ class WiredGroup(CheckedGroup):
             raise MismatchError(f"{work.text()} on group {self.name!r}, rank {self.rank}: {call.refused}")
         return work
 
-    def _refuse_if_unusable(self, work: WiredWork) -> None:
+    def _refuse_if_unusable(self, work: WiredWork | SharedWork) -> None:
         if self._closed:
             raise GroupError(f"rank {self.rank}: {work.text()} on group {self.name!r}: the group is closed")
         if self._failed:
@@ -125,7 +137,12 @@ class WiredGroup(CheckedGroup):
             )
 
     def _flat(
-        self, work: WiredWork, call: Call, output: torch.Tensor | None, input: torch.Tensor | None, in_place: bool
+        self,
+        work: WiredWork | SharedWork,
+        call: Call,
+        output: torch.Tensor | None,
+        input: torch.Tensor | None,
+        in_place: bool,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Flat host tensors of an operation; GPU tensors get pinned counterparts, recorded in ``work.stage``."""
         any_tensor = output if output is not None else input
@@ -269,6 +286,8 @@ class WiredGroup(CheckedGroup):
         if self._closed:
             return
         self._closed = True
+        if self._local is not None:
+            self._local.close()
         progress = self._shared.progress
         if self._owner:
             progress.stop()

@@ -1,0 +1,285 @@
+"""Groups through shared memory: the shared cases, the same bits as messages, and what only a segment has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import group_cases as cases
+from group_cases import draw, same
+from triloom.boot import World
+from triloom.errors import ConfigError, DeadlineError, GroupError, MismatchError
+from triloom.groups.base import DTYPES, Group
+from triloom.groups.mpi import MPIGroup
+from triloom.groups.shared import SharedWork
+from triloom.groups.shared_host import SharedMemory
+from triloom.groups.wired import WiredGroup
+
+COUNTS = (2, 3, 4)
+
+
+@contextlib.contextmanager
+def another(world: World, shared: SharedMemory | None) -> Iterator[WiredGroup]:
+    """A group of all ranks with other options."""
+    assert isinstance(world.group, MPIGroup)
+    group = MPIGroup(world.group._wire.comm, name="another", deadline=20, shared=shared)
+    yield group
+    group.close()
+
+
+def segment(group: Group) -> WiredGroup:
+    assert isinstance(group, WiredGroup) and group._local is not None and group.transport == "shared memory"
+    return group
+
+
+@pytest.mark.ranks(*COUNTS)
+@pytest.mark.parametrize("operation", cases.OPERATIONS)
+def test_operations(world: World, operation: str) -> None:
+    cases.every_dtype_and_size(segment(world.group), operation)
+
+
+@pytest.mark.full
+@pytest.mark.ranks(6)
+@pytest.mark.parametrize("operation", cases.OPERATIONS)
+def test_operations_of_many(world: World, operation: str) -> None:
+    cases.every_dtype_and_size(segment(world.group), operation)
+
+
+@pytest.mark.ranks(*COUNTS)
+@pytest.mark.parametrize("case", cases.SEVERAL)
+def test_several(world: World, case: str) -> None:
+    cases.SEVERAL[case](segment(world.group))
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("case", cases.DISAGREEMENTS)
+def test_disagreement(world: World, case: str) -> None:
+    cases.disagreement(segment(world.group), case)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("case", cases.ABSENT)
+def test_absent(world: World, case: str) -> None:
+    cases.ABSENT[case](segment(world.group))
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("limit", [64 << 20, 600_000], ids=["measured sizes", "smallest blocks"])
+def test_the_same_bits_as_messages(world: World, limit: int) -> None:
+    """Lengths around a block and a step of everything, off every alignment; tiny blocks go round the segment often."""
+    with another(world, SharedMemory(limit_bytes=limit)) as group, another(world, None) as wired:
+        segment(group)
+        for dtype in DTYPES:
+            for numel in (4097, 65_535, 131_073):
+                mine = draw(world.rank, dtype, numel * group.size)
+                for of in (group, wired):
+                    x, part = mine.clone(), torch.empty(numel, dtype=dtype)
+                    of.all_reduce(x).wait()
+                    of.reduce_scatter(part, mine).wait()
+                    if of is group:
+                        whole, shard = x, part
+                same(whole, x)
+                same(shard, part)
+
+
+@pytest.mark.ranks(3)
+def test_segment_too_small(world: World) -> None:
+    """Then the group sends messages, says why, and works."""
+    with another(world, SharedMemory(limit_bytes=20_000)) as group:
+        assert group.transport.startswith("messages (a segment of 3 ranks takes at least ")
+        assert group.transport.endswith("limit_bytes=20000 allows fewer)")
+        cases.all_reduce(group, torch.float32, 5000)
+
+
+@pytest.mark.ranks(2)
+def test_segment_that_cannot_be_made(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank cannot open it: all of them send messages."""
+    if world.rank == 1:
+        refuse = OSError(13, "Permission denied")
+
+        def no(path: str, flags: int) -> int:
+            raise refuse
+
+        monkeypatch.setattr("triloom.groups.shared_host.os.open", no)
+    with another(world, SharedMemory()) as group:
+        assert "rank 1 cannot map the segment of rank 0: [Errno 13] Permission denied" in group.transport
+        cases.all_reduce(group, torch.float32, 5000)
+
+
+@pytest.mark.ranks(2)
+def test_options_must_agree(world: World) -> None:
+    for hosts, error, text in (
+        ((0, world.rank), MismatchError, "pass different shared="),
+        ((0,), ConfigError, r"hosts=\(0,\) names 1 ranks, the group has 2"),
+    ):
+        with pytest.raises(error, match=text), another(world, SharedMemory(hosts=hosts)):
+            pass
+
+
+@pytest.mark.ranks(4)
+def test_hosts(world: World) -> None:
+    """A forced map: a group over both hosts sends messages, a split inside one does not."""
+    with another(world, SharedMemory(hosts=(0, 0, 7, 7))) as group:
+        assert group.transport.startswith("messages")
+        inside, across = group.split([[0, 1], [2, 3]], "inside"), group.split([[0, 2], [1, 3]], "across")
+        assert isinstance(across, WiredGroup) and across._local is None
+        for of in (segment(inside), across, group):
+            cases.all_reduce(of, torch.float32, 40_001)
+            cases.all_reduce(of, torch.bfloat16, 9)
+        inside.close()
+        across.close()
+
+
+@pytest.mark.ranks(2)
+def test_progress_without_waiting(world: World) -> None:
+    """A large all_reduce completes while this thread multiplies matrices and never looks at it."""
+    group = segment(world.group)
+    x = torch.full((4 << 20,), 1.0 + group.rank)
+    a = torch.randn(256, 256)
+    group.barrier().wait()
+    work = group.all_reduce(x)
+    assert isinstance(work, SharedWork)
+    end = time.monotonic() + 20
+    while not work.over and time.monotonic() < end:  # `over` only looks; done() would drive
+        torch.mm(a, a)
+    assert work.over
+    assert x[0] == x[-1] == 3.0
+    work.wait()
+
+
+@pytest.mark.ranks(2)
+def test_idle_threads_take_no_core(world: World) -> None:
+    """While an operation waits for a rank that sleeps, its process does not burn a core."""
+    group = segment(world.group)
+    group.barrier().wait()
+    x = torch.ones(1 << 20)
+    if world.rank == 0:
+        work = group.all_reduce(x)
+        before = time.process_time()
+        time.sleep(0.3)  # the engine's thread looks after it
+        assert time.process_time() - before < 0.1
+        before = time.process_time()
+        work.wait()
+        assert time.process_time() - before < 0.1
+    else:
+        time.sleep(0.6)
+        group.all_reduce(x).wait()
+    assert x[0] == 2.0
+
+
+@pytest.mark.ranks(2)
+def test_data_that_does_not_come_is_told_from_a_rank_that_does_not(world: World) -> None:
+    """Rank 1 announces its operation and freezes before the data."""
+    group = segment(world.group.split([[0, 1]], "frozen"))
+    x = torch.ones(1 << 20)
+    pids = torch.tensor([0, 0])
+    world.group.all_gather(pids, torch.tensor([os.getpid()])).wait()
+    if world.rank == 1:
+        world.group.barrier().wait()
+        os.kill(os.getpid(), signal.SIGSTOP)  # until rank 0 lets it go on
+        group.all_reduce(x).wait(20)
+    else:
+        world.group.barrier().wait()
+        time.sleep(0.2)
+        with pytest.raises(DeadlineError, match="rank 1 had not arrived"):
+            group.all_reduce(x).wait(0.4)
+        os.kill(int(pids[1]), signal.SIGCONT)
+        end = time.monotonic() + 20
+        while x[0] != 2.0 and time.monotonic() < end:  # this rank's thread still does its part
+            time.sleep(0.01)
+        assert x[0] == 2.0
+    world.group.barrier().wait(20)
+
+
+@pytest.mark.ranks(2)
+def test_transfer_against_collective(world: World) -> None:
+    """Two kinds of operation have no header in common; the deadline tells what the other rank is at."""
+    group = segment(world.group.split([[0, 1]], "kinds"))
+    work = group.recv(torch.ones(5), 0) if world.rank else group.all_reduce(torch.ones(7))
+    if world.rank == 0:
+        instead = r"rank 1 had not arrived; rank 1 is at recv from rank 0: transfer float32\[5\] #0"
+    else:
+        instead = r"rank 0 had not arrived; rank 0 is at all_reduce float32\[7\] sum #0"
+    with pytest.raises(DeadlineError, match=instead):
+        work.wait(0.3)
+    world.group.barrier().wait(20)
+
+
+@pytest.mark.ranks(2)
+def test_operations_overtake(world: World) -> None:
+    """The second operation completes while the first still misses a rank."""
+    group = segment(world.group)
+    x, y = torch.ones(100_000), torch.ones(5)
+    if group.rank == 0:
+        late = group.send(x, 1)
+        group.all_reduce(y).wait()
+        assert not late.done()
+    else:
+        group.all_reduce(y).wait()
+        time.sleep(0.05)
+        late = group.recv(x, 0)
+    late.wait()
+
+
+@pytest.mark.ranks(2)
+def test_close_abandons_what_is_outstanding(world: World) -> None:
+    group = segment(world.group.split([[0, 1]], "closing"))
+    x = torch.zeros(8)
+    works = [group.recv(x, 1)] if group.rank == 0 else []
+    group.close()
+    for work in works:
+        with pytest.raises(GroupError, match=r"recv from rank 1: transfer float32\[8\] #0 .*was abandoned"):
+            work.wait()
+    with pytest.raises(GroupError, match="the group is closed"):
+        group.barrier()
+    group.close()
+    world.group.barrier().wait(20)
+
+
+@pytest.mark.ranks(2)
+def test_nothing_is_kept(world: World) -> None:
+    """Operations waited for, or let go, leave no tensors, files or mappings behind."""
+    group = segment(world.group)
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(100):
+        group.all_reduce(torch.ones(4), "max").wait()
+        group.all_reduce(torch.ones(4), "max")
+    group.barrier().wait()
+    assert group._local is not None and len(group._local._live) <= 64
+    for i in range(3):
+        group.split([[0, 1]], f"s{i}").close()
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+@pytest.mark.ranks(2)
+def test_unchecked_group_gives_the_same(world: World) -> None:
+    assert isinstance(world.group, MPIGroup)
+    group = MPIGroup(world.group._wire.comm, name="unchecked", check=False)
+    for operation in cases.OPERATIONS.values():
+        for numel in (7, 40_003):
+            operation(group, torch.float32, numel)
+    group.close()
+
+
+@pytest.mark.ranks(4)
+def test_more_ranks_than_cores_do_not_crawl(world: World) -> None:
+    """All ranks on one core: 200 small operations and a large one, which spinning would stretch to minutes."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        with another(world, SharedMemory()) as group:
+            x = torch.ones(1 << 20)
+            begin = time.monotonic()
+            for _ in range(200):
+                group.all_reduce(x[:8], "max").wait()
+            group.all_reduce(x).wait()
+            assert time.monotonic() - begin < 10
+            assert x[-1] == 4.0
+    finally:
+        os.sched_setaffinity(0, cores)
