@@ -7,8 +7,8 @@ from functools import cache, partial
 
 import pytest
 import torch
-from parity_cases import SEQ, VOCAB, batch
 
+from parity_cases import SEQ, VOCAB, batch
 from triloom import schedules
 from triloom.engine import Engine
 from triloom.groups.base import Group
@@ -18,6 +18,8 @@ from triloom.models import decoder, gpt2, llama
 from triloom.optim import AdamW
 from triloom.placement import zero0, zero1
 from triloom.schedules import NAMED, Schedule, interleaved
+from triloom.search import automatic
+from triloom.simulate import Costs
 
 DEEP = {
     "llama": llama(vocab=VOCAB, hidden=12, layers=7, heads=6, kv_heads=6, ffn=18, max_seq=SEQ, tied=True),
@@ -88,3 +90,9 @@ def test_same_bits_on_all_axes(name: str) -> None:
 def test_same_bits_with_more_stages_a_rank(make: Schedule) -> None:
     for v, pp in ((3, 3), (4, 2), (9, 1)):
         check(Run("llama", pp=pp, microbatches=4), partial(make, v=v))
+
+
+def test_same_bits_with_a_program_from_the_search() -> None:
+    costs = Costs(F=[1, 2, 1], B=[1, 1, 2], W=[1, 1, 1], comm=0.2)
+    check(Run("llama", pp=3, microbatches=5), automatic(costs, memory=4, effort=50_000))
+    check(Run("gpt2", pp=2, microbatches=4), automatic(Costs(comm=0.1), memory=2.5, effort=50_000))
