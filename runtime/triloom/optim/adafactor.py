@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +11,9 @@ import torch
 from ..errors import ConfigError
 from .base import Hyper, Rule, Spec
 from .rates import LrSchedule, inverse_sqrt
+
+RELATIVE = inverse_sqrt(1e-2)
+"""The relative step size of the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class Adafactor(Rule):
     decay is decoupled.
     """
 
-    lr: float | LrSchedule = inverse_sqrt(1e-2)
+    lr: float | LrSchedule = RELATIVE
     beta2_decay: float = -0.8
     """``beta2 = 1 - t^beta2_decay`` at update t."""
     eps: tuple[float, float] = (1e-30, 1e-3)
@@ -74,4 +76,4 @@ class Adafactor(Rule):
 
 
 def _root_mean_square(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
+    return (x * x).mean().sqrt()

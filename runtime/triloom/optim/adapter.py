@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +29,8 @@ class TorchOptimizer(Rule):
     ``TorchOptimizer(torch.optim.NAdam, lr=1e-3, betas=(0.9, 0.99))``; other options than lr, weight_decay, decay and
     groups go to the optimizer. Its states live in the flat layout as others do, and each update hands them to a
     fresh optimizer with one parameter, so that nothing is kept aside. Costs about 0.2 ms more than the update
-    for each piece. Weight decay applies to every parameter, as in torch, unless ``decay`` says otherwise.
+    for each piece. Weight decay, if not given the optimizer's own default, applies to every parameter, as in torch,
+    unless ``decay`` says otherwise.
 
     Raises ConfigError for an optimizer that is not element-wise: those of REFUSED, and what a trial shows.
     """
@@ -41,11 +43,14 @@ class TorchOptimizer(Rule):
         factory: Callable[..., torch.optim.Optimizer],
         *,
         lr: float | LrSchedule,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         decay: Match = everything,
         groups: tuple[Group, ...] = (),
         **options: Any,
     ) -> None:
+        known = inspect.signature(factory).parameters.get("weight_decay")
+        if weight_decay is None:
+            weight_decay = 0.0 if known is None else float(known.default)
         values = {"factory": factory, "options": dict(options), "lr": lr, "decay": decay, "groups": groups}
         for name, value in {**values, "weight_decay": weight_decay}.items():
             object.__setattr__(self, name, value)
@@ -92,7 +97,7 @@ class TorchOptimizer(Rule):
         p = torch.nn.Parameter(param)
         p.grad = grad
         options = dict(self.options)
-        if self.weight_decay:
+        if hyper.weight_decay or "weight_decay" in inspect.signature(self.factory).parameters:
             options["weight_decay"] = hyper.weight_decay
         optimizer = self.factory([p], lr=hyper.lr, **options)
         if states:
@@ -115,12 +120,8 @@ def _check(rule: TorchOptimizer) -> None:
         for step in (1, 2, 3):
             grad = tensor.sin() * step
             states = rule._apply(tensor, grad, states, replace(_FIRST, step=step, weight_decay=rule.weight_decay))
-    if not torch.allclose(whole, _joined(parts), rtol=1e-12, atol=1e-12):
+    if not torch.allclose(whole, torch.cat(parts), rtol=1e-12, atol=1e-12):
         raise ConfigError(
-            f"{rule.name} is not element-wise: it updates the halves of a vector otherwise than the vector, so the result "
-            "would depend on the sharding. Write it as a Rule with reach=None, which gets whole tensors"
+            f"{rule.name} is not element-wise: it updates the halves of a vector otherwise than the vector, so the "
+            "result would depend on the sharding. Write it as a Rule with reach=None, which gets whole tensors"
         )
-
-
-def _joined(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(parts))

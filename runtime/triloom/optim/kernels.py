@@ -199,7 +199,6 @@ def adamw8_(
     written(param, *states, *(() if low is None else (low,)))
 
 
-
 def _joined(dtype: torch.dtype) -> torch.Tensor:
     """Signed numbers and bounds, unsigned numbers and bounds, 256 entries each."""
     pad = torch.zeros(1, dtype=torch.float64)

@@ -57,9 +57,7 @@ class Muon(Rule):
     def treatment(self, name: str, shape: tuple[int, ...]) -> Treatment:
         if len(shape) >= 2 and self.match(name, shape):
             return super().treatment(name, shape)
-        rest = self.rest or AdamW(
-            lr=self.lr, weight_decay=self.weight_decay, decay=self.decay, groups=self.groups
-        )  # fmt: skip
+        rest = self.rest or AdamW(lr=self.lr, weight_decay=self.weight_decay, decay=self.decay, groups=self.groups)
         return rest.treatment(name, shape)
 
     def states(self, shape: tuple[int, ...], dtype: torch.dtype) -> Mapping[str, Spec]:
@@ -92,7 +90,7 @@ def orthogonal(matrix: torch.Tensor, steps: int) -> torch.Tensor:
     a, b, c = COEFFICIENTS
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.t()
-    x = x / (torch.linalg.vector_norm(x) + 1e-7)
+    x = x / ((x * x).sum().sqrt() + 1e-7)
     for _ in range(steps):
         gram = x @ x.t()
         x = a * x + (b * gram + c * (gram @ gram)) @ x

@@ -115,6 +115,7 @@ def layout(params: Sequence[Entry], *, bucket_numel: int, dp: int) -> tuple[Buck
 
 
 SLACK = 8
+"""Buckets of whole parameters try to have no more than one element of padding in so many."""
 
 
 def _runs(params: Sequence[Entry], bucket_numel: int, dp: int) -> list[list[Entry]]:
@@ -151,7 +152,8 @@ def _bucket(index: int, run: Sequence[Entry], dp: int) -> Bucket:
 
 
 def _dealt(index: int, run: Sequence[Entry], dp: int) -> Bucket:
-    """Whole parameters, the largest first, each to the rank that has the least (at most 4/3 of the best: Graham 1969)."""
+    """Whole parameters, the largest first, each to the rank that has the least (at most 4/3 of the best possible
+    largest share: Graham, SIAM J. Appl. Math. 17, 1969)."""
     loads = [0] * dp
     place: list[tuple[int, int, Entry]] = []
     for e in sorted(run, key=lambda e: -e.room):

@@ -45,8 +45,8 @@ def _assemble(shard: torch.Tensor, spec: ShardSpec, tp: Group) -> torch.Tensor:
         return shard.clone().contiguous()
     if shard.dim() != len(spec.global_shape):
         raise ConfigError(
-            f"a state of shape {tuple(shard.shape)} for a parameter of shape {spec.global_shape}, of which tp={tp.size} "
-            "ranks hold parts, cannot be assembled; ask for one that has the parameter's shape"
+            f"a state of shape {tuple(shard.shape)} for a parameter of shape {spec.global_shape}, of which "
+            f"tp={tp.size} ranks hold parts, cannot be assembled; ask for one that has the parameter's shape"
         )
     slices: list[Any] = gather_objects(tp, list(spec.slices))
     lengths = [sum(hi - lo for lo, hi in s) for s in slices]

@@ -103,8 +103,8 @@ def check_rules(specs: Mapping[str, ShardSpec], optimizer: Optimizer, tp: int) -
         rule = optimizer.treatment(name, spec.global_shape).rule
         if rule.reach is None and spec.dim is not None and tp > 1:
             raise ConfigError(
-                f"{type(rule).__name__} updates whole tensors, and {name} {spec.global_shape} is split over tp={tp}: on "
-                "its parts it would be another algorithm. Use tp=1, or give the parameter to an element-wise rule"
+                f"{type(rule).__name__} updates whole tensors, and {name} {spec.global_shape} is split over tp={tp}: "
+                "on its parts it would be another algorithm. Use tp=1, or give the parameter to an element-wise rule"
             )
 
 
