@@ -90,7 +90,7 @@ class DeviceSpans:
     def _mark(self) -> int:
         """Number of a new event at this place of the stream."""
         if self._used == len(self._events):
-            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
         self._events[self._used].record(torch.cuda.current_stream(self._device))
         self._used += 1
         return self._used - 1

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TextIO
 from zlib import crc32
@@ -49,19 +50,22 @@ def prepare(config: Config, world_size: int, sources: Mapping[str, str] | None =
     """Check everything and open the data, allocating nothing. Raises ConfigError with every problem found."""
     corpus = open_corpus(config.data.path)
     plan = make_plan(config, world_size, data_vocab=corpus.vocab, sources=sources)
-    if plan.config.schedule.file is not None and not has_state(plan.order):
-        _check_file(plan)
+    if not has_state(plan.order):
+        with _naming_file(plan):
+            check(plan.order)  # now, without a world; the engine proves it again with the actions on state
     config = plan.config
     data = split(corpus, seq=config.model.seq, seed=config.data.seed, held_out=config.data.held_out)
     return Job(plan, corpus, data, decoder(plan.decoder))
 
 
-def _check_file(plan: Plan) -> None:
-    """Refuse a program from a file now, naming the file; the engine proves it again with the actions on state."""
+@contextmanager
+def _naming_file(plan: Plan) -> Iterator[None]:
+    """A refusal of the program names the file it is from."""
     try:
-        check(plan.order)
+        yield
     except ProgramError as error:
-        raise ProgramError(f"schedule.file = {plan.config.schedule.file!r}: {error}") from None
+        file = plan.config.schedule.file
+        raise ProgramError(str(error) if file is None else f"schedule.file = {file!r}: {error}") from None
 
 
 def train(
@@ -78,7 +82,8 @@ def train(
     if placed and world.rank == 0:
         print(placed, file=out or sys.stdout, flush=True)
     spans = spans_on(world.device) if job.plan.config.run.timeline else None
-    engine = make_engine(job, world, spans)
+    with _naming_file(job.plan):
+        engine = make_engine(job, world, spans)
     timing = make_timing(engine, spans, world.group, job.plan.config.run.timeline)
     data = f"{job.corpus.name}, {len(job.corpus.tokens):,} bytes"
     log = together(world.group, lambda: open_log(job.plan, data, world, out or sys.stdout))

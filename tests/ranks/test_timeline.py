@@ -181,3 +181,15 @@ def test_a_program_that_blocks_is_refused_once_with_file_and_grid(tmp_path: Path
     said = refused(tmp_path, "--schedule.file", str(path))
     assert said.count(f"schedule.file = {str(path)!r}: ") == 1
     assert ">>" in said
+
+
+def test_a_complete_program_is_refused_with_the_model_in_hand(tmp_path: Path) -> None:
+    path = tmp_path / "whole.csv"
+    path.write_text(
+        "# whole microbatches=1 stages=0/1\n"
+        "F:stage0@0,SEND:act0@0>1,RECV:grad1@0<1,BW:stage0@0,REDUCE:grads.7,CLIP:all\n"
+        "WEIGH:all,RECV:act0@0<0,F:stage1@0,BW:stage1@0,SEND:grad1@0>0,REDUCE:grads.0,CLIP:all\n"
+    )
+    said = refused(tmp_path, "--schedule.file", str(path), "--schedule.microbatches", "none")
+    assert said.count(f"schedule.file = {str(path)!r}: ") == 1
+    assert "REDUCE:grads.7" in said
