@@ -10,7 +10,7 @@ import re
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,6 @@ from triloom.groups.nccl_comm import IN_PROGRESS, NO_COLOR, CommConfig, Communic
 from triloom.groups.nccl_moves import Piece, choose, transfers
 
 UNDEFINED = -(2**31)
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("nccl"))
-
-
-@pytest.fixture
-def fake(library: Path) -> Iterator[Fake]:
-    it = Fake(library)
-    it.c.fake_reset()
-    yield it
-    it.c.fake_reset()
 
 
 # -- the real library --------------------------------------------------------------------------------
@@ -91,16 +78,16 @@ def test_order_of_the_places(tmp_path: Path) -> None:
     assert places("/opt/mine.so") == [Place("given", "/opt/mine.so")]
 
 
-def test_the_first_that_loads_is_taken(library: Path, tmp_path: Path) -> None:
+def test_the_first_that_loads_is_taken(nccl_library: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.so"
     broken.write_text("no library")
     search = [
         Place("already loaded", "libnever.so.9", True),
         Place("wheel", str(broken)),
-        Place("loader", str(library)),
+        Place("loader", str(nccl_library)),
     ]
-    assert load_nccl(search=search).path == str(library.resolve())
-    assert load_nccl(str(library)).version == 22000
+    assert load_nccl(search=search).path == str(nccl_library.resolve())
+    assert load_nccl(str(nccl_library)).version == 22000
 
 
 def test_nothing_found_names_every_place(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from .base import Group, Work
 ROWS = 128
 """Groups a rank may have under one watchdog."""
 
+_LEAVING = 3
+"""Beats in which the others have surely heard what this rank said last."""
+
 
 class Row(NamedTuple):
     """What a rank says of one of its groups."""
@@ -125,6 +128,8 @@ class Watchdog:
         self._tick, self._beat = tick, beat
         self._begin = begin
         self._lanes: list[Lane] = []
+        self._lost: list[Row] = []
+        """Of groups that were given up and closed: the others must still hear of it."""
         self._late: dict[int, float] = {}
         """By id of the lane: when it was seen to be overdue."""
         self._lock = threading.Lock()
@@ -144,12 +149,13 @@ class Watchdog:
         with self._lock:
             if lane in self._lanes:
                 self._lanes.remove(lane)
+                self._lost += [lane.row()] if lane.row().given_up else []
 
     def stop(self) -> None:
-        """End the thread. The ranks leave together; one that does not come is not waited for beyond two beats."""
+        """End the thread. The ranks leave together; one that does not come is not waited for beyond three beats."""
         self._stopping.set()
         if self._thread.is_alive():
-            self._thread.join(2 * self._beat + 1.0)
+            self._thread.join(_LEAVING * self._beat + 1.0)
         if self.board is not None:
             self.board.control.close()
 
@@ -164,7 +170,7 @@ class Watchdog:
             stopping = self._stopping.wait(self._tick)
             if stopping:
                 time.sleep(min(self._tick, 1e-3))
-                give_up_leaving = min(give_up_leaving, time.monotonic() + 2 * self._beat)
+                give_up_leaving = min(give_up_leaving, time.monotonic() + _LEAVING * self._beat)
             self._exchange(stopping)
             for lane in self.lanes():
                 self._look(lane)
@@ -186,7 +192,7 @@ class Watchdog:
             due = stopping or self._late or time.monotonic() - board.started >= self._beat
             if not board.busy and due and not board.everybody_leaves:
                 board.leaving = stopping
-                board.post([lane.row() for lane in self.lanes()])
+                board.post([*(lane.row() for lane in self.lanes()), *self._lost])
         except GroupError as error:
             self._mute = str(error)
 
