@@ -45,10 +45,6 @@ from .shards import ShardSpec, split_even
 from .together import together
 from .verify import Verdict, inside, state_footprint, verify
 
-LANES = {"independent": "independent", "fifo": "per_rank"}
-"""Lanes of the proof by lanes of the pipeline group: all transfers of a rank share that one group."""
-
-
 @dataclass(frozen=True)
 class Metrics:
     """What a step reports; the same on every rank."""
@@ -239,7 +235,7 @@ class Engine:
         of_state, tp = state_footprint(self._layout), self.groups.axis("tp").size
         verdict = verify(
             program,
-            lanes=LANES[self.groups.axis("pp").lanes],
+            lanes=self.groups.lanes,
             footprint=lambda coord, a: [("tp", "layers", 0)] if tp > 1 and a.op in COMPUTE else of_state(coord, a),
             groups={"tp": inside(len(program.ranks))},
             layout=self._layout,
@@ -260,6 +256,7 @@ class Engine:
         self.state.begin_step()
         self._executor.run(self._actions(self.program), state)
         self.state.end_step()
+        self.groups.check()
         self.steps += not state.skipped
         return Metrics(
             step=state.step,
