@@ -190,6 +190,8 @@ class RunLog(AbstractContextManager["RunLog"]):
                 "loss": metrics.loss,
                 "grad_norm": metrics.grad_norm,
                 "lr": metrics.lr,
+                "skipped": metrics.skipped,
+                "loss_scale": metrics.scale,
                 "tokens": self._tokens,
                 "tokens_per_s": speed,
                 "step_ms": seconds * 1e3,
@@ -199,6 +201,8 @@ class RunLog(AbstractContextManager["RunLog"]):
             }
         )
         self._line.step(metrics.step + 1, metrics.loss, speed, self._pace.left(metrics.step + 1, seconds))
+        if metrics.skipped:
+            self._line.say(f"skipped, no weight changed: {metrics.note}")
         if held_out is not None:
             self._line.say(f"held-out loss {held_out:.4f} after {plural(metrics.step + 1, 'step')}")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from program_edits import LAYOUT, check, edit, naive_communication, swap, whole
@@ -205,6 +205,7 @@ def shuffled(draw, lanes):
     p, m = draw(st.integers(2, 4)), draw(st.integers(1, 5))
     passes = (naive_communication, add_communication, lambda x: add_communication(x, 2))
     program = draw(st.sampled_from(passes))(schedules.NAMED[name](p, m))
+    assume(acceptable(program, lanes) is not None)  # naive receives of looped schedules do not match in order
     for _ in range(draw(st.integers(0, 25))):
         rank = draw(st.integers(0, p - 1))
         row = list(program.ranks[rank])

@@ -139,6 +139,8 @@ class OptimConfig(Section):
     """Decoupled decay of matrices; vectors (norms, biases) are not decayed."""
     clip: Annotated[float | None, above(0)] = 1.0
     """Global norm that gradients are scaled down to; none: no clipping."""
+    max_skips: Annotated[int, at_least(0)] = 10
+    """Steps in a row that may be skipped because a gradient was not finite; one more ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
