@@ -54,6 +54,8 @@ class Timed:
     def step(self, number: int) -> Figures | None:
         rows = gather_rows(self._world, self._spans.rows(), self._measurement.most)
         figures = self._measurement.figures(align(rows, self._clocks))
+        if self._kept and self._kept[-1][0] == number:  # the same step again: the one before was skipped
+            self._kept.pop()
         self._kept.append((number, rows, figures))
         return figures
 
