@@ -176,9 +176,10 @@ def _ask(group: Group, rounds: int) -> tuple[int, int]:
     fastest: tuple[int, int] | None = None
     for _ in range(rounds):
         begin = time.perf_counter_ns()
-        group.send(question, 0)
+        sent = group.send(question, 0)
         group.recv(answer, 0).wait()
         end = time.perf_counter_ns()
+        sent.wait()
         trip = end - begin
         if fastest is None or trip < fastest[0]:
             fastest = trip, int(answer) - (begin + end) // 2
