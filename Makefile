@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEPS := $(VENV)/.triloom-deps
+LAUNCHERS := $(VENV)/launchers
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp)
 PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 PIP_FAILED := make setup: pip failed, see above. It needs a package index; PIP_INDEX_URL names another one.
@@ -10,7 +11,7 @@ PART ?= build,test
 TESTS ?= tests/pure tests/ranks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full check bench gpu clean
+.PHONY: help setup launchers demo test test-full check bench gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -35,13 +36,23 @@ $(DEPS): constraints.txt pyproject.toml setup.py $(wildcard tools/*)
 	@$(BIN)/python -c 'import triloom._C'
 	@touch $@
 
+launchers: $(LAUNCHERS)/mpich/ready $(LAUNCHERS)/impi-rt/ready  ## MPICH and Intel MPI beside .venv, for tests (300 MB)
+
+# A venv with another MPI, its launcher and an mpi4py that loads it; all the rest is that of .venv.
+$(LAUNCHERS)/%/ready: constraints.txt | $(DEPS)
+	rm -rf $(@D) && $(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install -qq -c constraints.txt $* mpi4py || { echo "$(PIP_FAILED)" >&2; exit 1; }
+	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' > $(@D)/beneath.pth
+	@mv $(@D)/beneath.pth $(@D)/lib/python3.*/site-packages/
+	@touch $@
+
 demo: setup  ## train a transformer on 4 ranks with dp, pp and tp (under three minutes)
 	$(BIN)/triloom demo
 
-test: setup  ## pure and rank tests
+test: setup $(LAUNCHERS)/mpich/ready  ## pure and rank tests
 	$(BIN)/python -m pytest -m "not full" $(TESTS)
 
-test-full: setup  ## the same with the full product of meshes and options
+test-full: setup launchers  ## the same with the full product of meshes and options
 	$(BIN)/python -m pytest $(TESTS)
 
 check: setup  ## ruff and mypy

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .connect import CONNECT, Connection, connect_adopted, connect_comm
+from .connect import CONNECT, Connection, Talk, connect_adopted, connect_comm
 from .cores import affinity, cpu_quota, share_cores
 from .errors import ConfigError
 from .groups.base import Group
@@ -125,6 +125,7 @@ def init(
     device: torch.device | str | None = None,
     threads: int | None = None,
     deadline: float = 600.0,
+    shared_memory: bool = True,
     hooks: bool = True,
     environ: Mapping[str, str] | None = None,
 ) -> World:
@@ -138,13 +139,14 @@ def init(
     device, threads: None takes this rank's GPU (or the CPU) and its share of the host's cores. torch's
         thread count, and for a GPU torch's current device, are set accordingly.
     deadline: seconds a wait of the group may take by default.
+    shared_memory: ranks of one host talk through it; if not, through the launcher's transport (MPI, gloo).
     hooks: install the exception hooks (see triloom.hooks).
     environ: read instead of the process's environment.
 
     Called again, it gives an equal world and leaves MPI as it is; the world that initialised MPI must be closed last.
     Raises ConfigError if the launcher and MPI disagree or a value cannot work.
     """
-    _check_deadline(deadline)
+    talk = _talk(deadline, shared_memory)
     env = os.environ if environ is None else environ
     given = [name for name, value in (("launcher", launcher), ("comm", comm), ("group", group)) if value is not None]
     if len(given) > 1:
@@ -152,10 +154,10 @@ def init(
     if group is not None:
         name, connection = "given", Connection(group)
     elif comm is not None:
-        name, connection = "comm", connect_comm(comm, deadline)
+        name, connection = "comm", connect_comm(comm, talk)
     else:
         row, expected = find_launcher(env, launcher)
-        name, connection = row.name, CONNECT[row.transport](row, expected, deadline, env)
+        name, connection = row.name, CONNECT[row.transport](row, expected, talk, env)
     return _world(name, connection, env, Wishes(hosts, local_rank, local_size, device, threads, hooks))
 
 
@@ -166,6 +168,7 @@ def adopt(
     device: torch.device | str | None = None,
     threads: int | None = None,
     deadline: float = 600.0,
+    shared_memory: bool = True,
     hooks: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> World:
@@ -177,9 +180,9 @@ def adopt(
 
     The other arguments are those of init. Raises ConfigError if torch.distributed is not initialised.
     """
-    _check_deadline(deadline)
+    talk = _talk(deadline, shared_memory)
     env = os.environ if environ is None else environ
-    connection = connect_adopted(distributed, deadline)
+    connection = connect_adopted(distributed, talk)
     return _world("adopted", connection, env, Wishes(hosts, None, None, device, threads, hooks))
 
 
@@ -253,9 +256,10 @@ def choose_device(device: torch.device | str | None, local_rank: int) -> torch.d
     return chosen
 
 
-def _check_deadline(deadline: float) -> None:
+def _talk(deadline: float, shared_memory: bool) -> Talk:
     if deadline <= 0:
         raise ConfigError(f"deadline must be a positive number of seconds, got {deadline!r}")
+    return Talk(deadline, shared_memory)
 
 
 def _one_rank_abort(code: int) -> None:

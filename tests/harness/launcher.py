@@ -55,18 +55,31 @@ def launch(
     After ``timeout`` seconds all of it is killed and ``timed_out`` is set. ``env`` adds to this process's
     environment. Output is collected in files, so a rank never blocks on a full pipe.
     """
+    shared = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    segments = shared / f"triloom-{uuid.uuid4().hex}"  # of our own, so that a killed launch leaves no shared memory
+    segments.mkdir()
+    command = [mpirun(), "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
+    command += ["--mca", "btl_sm_backing_directory", str(segments), "-n", str(n), *argv]
+    try:
+        return watch(command, timeout=timeout, env=env, cwd=cwd)
+    finally:
+        shutil.rmtree(segments, ignore_errors=True)
+
+
+def watch(
+    command: Sequence[str],
+    *,
+    timeout: float = 120.0,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+) -> Result:
+    """Run any command, another launcher for instance, and wait until every process of it is gone; see launch."""
     tag = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="triloom-test-") as temp:
-        shared = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(temp)
-        segments = shared / f"triloom-{tag}"  # of our own, so that a killed launch leaves no shared memory
-        segments.mkdir()
-        command = [mpirun(), "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
-        command += ["--mca", "btl_sm_backing_directory", str(segments), "-n", str(n), *argv]
         try:
-            return _watch(command, tag, _environment(tag, temp, env), Path(temp), cwd, timeout)
+            return _watch(list(command), tag, _environment(tag, temp, env), Path(temp), cwd, timeout)
         finally:
             processes.kill(tag)
-            shutil.rmtree(segments, ignore_errors=True)
 
 
 def _environment(tag: str, temp: str, extra: Mapping[str, str] | None) -> dict[str, str]:

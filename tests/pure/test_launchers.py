@@ -10,8 +10,8 @@ import socket
 import pytest
 import torch
 
-from triloom import boot
-from triloom.connect import connect_mpi
+from triloom import boot, cli
+from triloom.connect import Talk, connect_mpi
 from triloom.errors import ConfigError, GroupError
 from triloom.groups.torch_dist import below, from_store
 from triloom.launchers import LAUNCHERS, announced_rank, find_launcher
@@ -90,7 +90,7 @@ def test_one_announced_rank_needs_no_mpi(env: dict[str, str]) -> None:
     alone = {name: "1" if name.endswith(("SIZE", "NUM_TASKS")) else value for name, value in env.items()}
     row, announced = find_launcher(alone)
     assert announced == 1
-    assert connect_mpi(row, 1, 5.0, alone).group.size == 1
+    assert connect_mpi(row, 1, Talk(5.0), alone).group.size == 1
 
 
 @pytest.mark.parametrize(
@@ -130,3 +130,23 @@ def test_a_rank_that_does_not_come_to_the_store_is_named() -> None:
     below(store, "here").set("2", "1")
     with pytest.raises(GroupError, match=r"rank 1 of 4: after 0.3 s these ranks had not come to .*: \[0, 3\]"):
         from_store(store, 1, 4, deadline=0.3)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0)])
+def test_demo_refuses_to_be_launched_and_says_so_once(
+    rank: str, said: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {**MPICH, "PMI_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["demo"]) == cli.REFUSED
+    text = "triloom demo starts its own ranks; run it once, not on the 4 that mpich started"
+    assert capsys.readouterr().err.count(text) == said
+
+
+def test_demo_runs_in_a_shell_of_an_allocation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in BATCH.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["demo", "--dir", "/dev"]) == cli.REFUSED  # it got as far as its folder
+    assert "SLURM_NTASKS" not in capsys.readouterr().err
