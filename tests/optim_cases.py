@@ -16,7 +16,7 @@ from triloom.groups.base import Group
 from triloom.mesh import make_mesh
 from triloom.optim import Hyper, Optimizer
 from triloom.parallel.build import mean_loss
-from triloom.placement import Placement, zero0, zero1, zero2, zero3
+from triloom.placement import zero0, zero1, zero2, zero3
 
 WIDTH, BATCH, STEPS = 9, 12, 4
 CLIP = 0.5

@@ -12,7 +12,7 @@ from typing import Any
 
 from .actions import Program
 from .config import Config
-from .config.schema import ModelConfig
+from .config.schema import OPTIMIZER_KEYS, OPTIMIZERS, WHOLE_TENSORS, ModelConfig
 from .config.show import plain
 from .errors import ConfigError, MeshError
 from .mesh import Mesh, check_divides, make_mesh
@@ -109,14 +109,29 @@ def _llama_options(c: Config) -> str | None:
 
 def _rates(c: Config) -> str | None:
     o = c.optim
+    unused = {"constant": ("min_lr", "steps", "cooldown"), "cosine": ("cooldown",), "wsd": ()}[o.decay]
+    given = [f"optim.{n}" for n in unused if getattr(o, n) is not None]
+    if given:
+        return f"a {o.decay} learning rate does not use {' and '.join(given)}; leave it out"
     if o.decay == "constant":
-        given = [f"optim.{n}" for n in ("min_lr", "steps") if getattr(o, n) is not None]
-        return f"a constant learning rate does not use {' and '.join(given)}; leave it out" if given else None
+        return None
     if o.min_lr is not None and o.min_lr > o.lr:
         return "the learning rate cannot decay upwards; lower min_lr or raise lr"
     end = o.steps or c.train.steps
+    if o.warmup is not None and o.cooldown is not None and o.warmup + o.cooldown > end:
+        return f"warm-up and cooldown must fit into {end} steps; shorten one of them"
     late = o.warmup is not None and o.warmup >= end
     return f"the warm-up must end before the decay does, at step {end}" if late else None
+
+
+def _optimizer(c: Config) -> str | None:
+    o, known = c.optim, OPTIMIZERS[c.optim.kind]
+    given = [f"optim.{n}" for n in OPTIMIZER_KEYS if getattr(o, n) is not None and n not in known]
+    if given:
+        return f"{o.kind} does not use {' and '.join(given)}; leave it out"
+    if o.nesterov and not (known["momentum"] if o.momentum is None else o.momentum):
+        return "there is no momentum to look ahead along; raise it, or leave nesterov out"
+    return None
 
 
 def _evaluation(c: Config) -> str | None:
@@ -146,7 +161,8 @@ RULES: tuple[tuple[Keys, Callable[[Config], str | None]], ...] = (
     (("model.hidden", "model.heads"), _heads),
     (("model.heads", "model.kv_heads"), _kv_heads),
     (("model.shape", "model.hidden", "model.heads", "model.attention_dropout"), _llama_options),
-    (("optim.decay", "optim.lr", "optim.min_lr", "optim.warmup", "optim.steps", "train.steps"), _rates),
+    (("optim.decay", "optim.lr", "optim.min_lr", "optim.warmup", "optim.steps", "optim.cooldown"), _rates),
+    (("optim.kind", *(f"optim.{name}" for name in OPTIMIZER_KEYS)), _optimizer),
     (("train.eval_every", "train.eval_batches", "data.held_out"), _evaluation),
     (("run.dir", "run.overwrite"), _overwrite),
     (("schedule.kind", "schedule.file"), _one_schedule),
@@ -196,12 +212,19 @@ def _file(c: Config, mesh: Mesh, order: Program) -> str | None:
     return f"the program is for {' and '.join(wrong)}" if wrong else None
 
 
+def _whole_tensors(c: Config, mesh: Mesh, order: Program) -> str | None:
+    if c.optim.kind in WHOLE_TENSORS and mesh.axis("tp") > 1:
+        return f"{c.optim.kind} updates whole matrices, and tp splits them; use tp=1, or another optim.kind"
+    return None
+
+
 MESH_RULES: tuple[tuple[Keys, Callable[[Config, Mesh, Program], str | None]], ...] = (
     (("train.batch", "parallel.dp"), _share),
     (("train.batch", "parallel.dp", "schedule.microbatches"), _microbatches),
     (("model.heads", "model.kv_heads", "model.ffn", "parallel.tp"), _tp),
     (("model.layers", "parallel.pp", "schedule.kind", "schedule.file"), _stages),
     (("schedule.file", "parallel.pp", "schedule.microbatches"), _file),
+    (("optim.kind", "parallel.tp"), _whole_tensors),
 )
 
 
@@ -234,7 +257,11 @@ def _fill(config: Config, mesh: Mesh, data_vocab: int, program: Program | None) 
     decoder = decoder_config(m, data_vocab)
     wanted = 2 * pp if pp > 1 else 1
     microbatches = max(1, min(wanted, config.train.batch // dp)) if program is None else program.microbatches
-    cosine = o.decay == "cosine"
+    falling, steps = o.decay != "constant", o.steps or config.train.steps
+    warmup = min(100, config.train.steps // 10) if o.warmup is None else o.warmup
+    cooldown = min(steps // 5, steps - warmup) if o.cooldown is None else o.cooldown
+    known = OPTIMIZERS[o.kind]
+    special = {n: known.get(n) if getattr(o, n) is None else getattr(o, n) for n in OPTIMIZER_KEYS}
     return replace(
         config,
         model=replace(
@@ -250,9 +277,11 @@ def _fill(config: Config, mesh: Mesh, data_vocab: int, program: Program | None) 
         ),
         optim=replace(
             o,
-            warmup=min(100, config.train.steps // 10) if o.warmup is None else o.warmup,
-            min_lr=(o.lr / 10 if o.min_lr is None else o.min_lr) if cosine else None,
-            steps=(o.steps or config.train.steps) if cosine else None,
+            warmup=warmup,
+            min_lr=(o.lr / 10 if o.min_lr is None else o.min_lr) if falling else None,
+            steps=steps if falling else None,
+            cooldown=cooldown if o.decay == "wsd" else None,
+            **special,
         ),
     )
 

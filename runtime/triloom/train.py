@@ -23,7 +23,7 @@ from .engine import Engine
 from .errors import ProgramError
 from .groups.objects import gather_objects
 from .models import Model, decoder
-from .optim import AdamW, warmup_cosine
+from .optim.configured import make_optimizer
 from .parallel.executor import Recorder
 from .plan import Plan, make_plan
 from .program_file import check, has_state
@@ -113,15 +113,6 @@ def _must_agree(job: Job) -> dict[str, str]:
     order = job.plan.order
     values["the program"] = f"{order.name}, {sum(map(len, order.ranks))} actions, {crc32(order.to_csv().encode()):08x}"
     return values | {"the data": f"{len(job.corpus.tokens)} bytes, digest {job.corpus.digest():016x}"}
-
-
-def make_optimizer(config: Config) -> AdamW:
-    """AdamW of a filled Config."""
-    o = config.optim
-    floor = o.lr if o.min_lr is None else o.min_lr  # a constant rate is a decay from lr to lr
-    warmup = o.warmup or 0
-    lr = warmup_cosine(o.lr, warmup=warmup, steps=o.steps or max(1, warmup), floor=floor)
-    return AdamW(lr=lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
 
 
 def make_engine(job: Job, world: World, record: Recorder | None = None) -> Engine:

@@ -197,7 +197,8 @@ def test_a_plan_leaves_nothing_open() -> None:
 
 
 def test_a_filled_config_makes_the_same_plan() -> None:
-    for words in ("--parallel.pp 2 --model.shape gpt2", "--optim.decay constant", "--parallel.tp 4"):
+    for words in ("--parallel.pp 2 --model.shape gpt2", "--optim.decay constant", "--parallel.tp 4",
+                  "--optim.decay wsd --optim.kind muon", "--optim.kind sgd --optim.momentum 0"):  # fmt: skip
         first = plan(words)
         again = make_plan(first.config, 4, data_vocab=256)
         assert again.config == first.config and again.mesh == first.mesh and again.placement == first.placement
@@ -212,6 +213,11 @@ def test_a_filled_config_makes_the_same_plan() -> None:
         ("--model.hidden 12 --model.heads 4", "rotary positions need an even head size, hidden / heads is 3"),
         ("--optim.lr 1e-3 --optim.min_lr 0.1", "cannot decay upwards"),
         ("--optim.decay constant --optim.min_lr 0.1", "does not use optim.min_lr"),
+        ("--optim.decay cosine --optim.cooldown 5", "does not use optim.cooldown"),
+        ("--optim.decay wsd --optim.cooldown 150 --optim.warmup 60", "must fit into 200 steps"),
+        ("--optim.kind lion --optim.eps 1e-6 --optim.momentum 0.5", "lion does not use optim.eps and optim.momentum"),
+        ("--optim.kind sgd --optim.momentum 0 --optim.nesterov true", "no momentum to look ahead along"),
+        ("--optim.kind muon --parallel.tp 2", "muon updates whole matrices, and tp splits them"),
         ("--optim.warmup 500", "must end before the decay does, at step 200"),
         ("--train.eval_every 5 --train.eval_batches 0", "evaluations need batches"),
         ("--data.held_out 0", "nothing is held out"),

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from optim_cases import ROWS, STEPS, data, train, units
 from torch import nn
 
+from optim_cases import ROWS, STEPS, data, train, units
 from triloom.errors import ConfigError
 from triloom.groups.threads import run_threads
 from triloom.optim import Group, TorchOptimizer, constant, matrices

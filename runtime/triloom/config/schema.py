@@ -6,8 +6,9 @@ Rules of one value stand in its annotation; what several values must satisfy tog
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from ..errors import ConfigError
 from ..mesh import DEFAULT_ORDER
@@ -18,7 +19,19 @@ from .rules import Rule, above, at_least, between, check, each, kind_of, one_of
 SHAPES = ("llama", "gpt2")
 TRAINING_SCHEDULES = tuple(name for name in SCHEDULES if name != "forward")
 DTYPES = ("float32", "float64", "bfloat16")
-DECAYS = ("cosine", "constant")
+DECAYS = ("cosine", "constant", "wsd")
+OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
+    "adamw": {"betas": (0.9, 0.95), "eps": 1e-8},
+    "adamw8bit": {"betas": (0.9, 0.95), "eps": 1e-8},
+    "sgd": {"momentum": 0.9, "nesterov": False},
+    "lion": {"betas": (0.9, 0.99)},
+    "muon": {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95, "nesterov": True},
+    "adafactor": {},
+}
+"""Kind of optimizer -> the keys of [optim] that only some have, and what ``none`` stands for there."""
+OPTIMIZER_KEYS = ("betas", "eps", "momentum", "nesterov")
+WHOLE_TENSORS = ("muon", "adafactor")
+"""Kinds that update whole matrices."""
 
 _AXES_ONCE = Rule(f"{', '.join(DEFAULT_ORDER)} once each, in any order", lambda v: sorted(v) == sorted(DEFAULT_ORDER))
 
@@ -119,8 +132,12 @@ class PlacementConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Section):
-    """AdamW with warm-up and decay of the learning rate."""
+    """The update rule, and warm-up and decay of its learning rate."""
 
+    kind: Annotated[str, one_of(OPTIMIZERS)] = "adamw"
+    """adamw. adamw8bit: its averages in 8 bits. sgd: with momentum. lion: the sign of a momentum. muon: orthogonal
+    updates of the matrices in the blocks, adamw for the rest. adafactor: factored second moments, and lr relative to
+    the size of a parameter."""
     lr: Annotated[float, above(0)] = 1e-3
     """Highest learning rate."""
     min_lr: Annotated[float | None, at_least(0)] = None
@@ -128,15 +145,22 @@ class OptimConfig(Section):
     warmup: Annotated[int | None, at_least(0)] = None
     """Steps over which the learning rate grows linearly from 0 to lr; none: a tenth of train.steps, at most 100."""
     decay: Annotated[str, one_of(DECAYS)] = "cosine"
-    """cosine: from lr to min_lr at optim.steps. constant: lr after the warm-up."""
+    """cosine: from lr to min_lr at optim.steps. constant: lr after the warm-up. wsd: lr, and in the last
+    optim.cooldown steps in a straight line to min_lr."""
+    cooldown: Annotated[int | None, at_least(0)] = None
+    """Steps of wsd's decay, the last before optim.steps; none: a fifth of optim.steps."""
     steps: Annotated[int | None, at_least(1)] = None
     """Step at which the decay ends; none: train.steps."""
-    betas: Annotated[tuple[float, float], each(between(0, 1))] = (0.9, 0.95)
-    """Decay rates of the two moment averages."""
-    eps: Annotated[float, above(0)] = 1e-8
-    """Added to the root of the second moment."""
+    betas: Annotated[tuple[float, float] | None, each(between(0, 1))] = None
+    """Decay rates of the averages (adamw, adamw8bit, lion, muon's rest); none: 0.9,0.95, of lion 0.9,0.99."""
+    eps: Annotated[float | None, above(0)] = None
+    """Added to the root of the second moment (adamw, adamw8bit, muon's rest); none: 1e-8."""
+    momentum: Annotated[float | None, between(0, 1)] = None
+    """Decay rate of the momentum (sgd, muon); none: 0.9, of muon 0.95."""
+    nesterov: bool | None = None
+    """Look ahead along the momentum (sgd, muon); none: false, of muon true."""
     weight_decay: Annotated[float, at_least(0)] = 0.1
-    """Decoupled decay of matrices; vectors (norms, biases) are not decayed."""
+    """Decay of matrices, of sgd added to the gradient, otherwise decoupled; vectors (norms, biases) are not decayed."""
     clip: Annotated[float | None, above(0)] = 1.0
     """Global norm that gradients are scaled down to; none: no clipping."""
     max_skips: Annotated[int, at_least(0)] = 10

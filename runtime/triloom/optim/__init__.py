@@ -39,7 +39,7 @@ from .adafactor import Adafactor
 from .adapter import TorchOptimizer
 from .base import BLOCK, Group, Hyper, Match, Optimizer, Rule, Spec, Treatment, everything, matrices
 from .elementwise import SGD, AdamW, AdamW8bit, Lion
-from .muon import Muon, hidden_matrices
+from .muon import Muon, hidden_matrices, muon_with_adamw
 from .rates import LrSchedule, constant, inverse_sqrt, warmup_cosine, wsd
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "hidden_matrices",
     "inverse_sqrt",
     "matrices",
+    "muon_with_adamw",
     "warmup_cosine",
     "wsd",
 ]

@@ -85,6 +85,20 @@ class Muon(Rule):
             low.copy_(param)
 
 
+def muon_with_adamw(
+    *,
+    lr: float | LrSchedule,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    momentum: float,
+    nesterov: bool,
+) -> Muon:
+    """Muon whose rest is an AdamW with the same rates and decay."""
+    rest = AdamW(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+    return Muon(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, rest=rest)
+
+
 def orthogonal(matrix: torch.Tensor, steps: int) -> torch.Tensor:
     """``U V^T`` of the singular value decomposition ``U S V^T``, nearly: singular values within about 0.7 to 1.2."""
     a, b, c = COEFFICIENTS
