@@ -53,7 +53,7 @@ class Figures:
     transfer: float
     """Waiting for a tensor that was on its way."""
     other: float
-    """In actions that do not compute, before the rank's last compute: posting transfers and reductions."""
+    """In actions that do not compute, before the rank's last compute: posting transfers, sharded state."""
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -103,12 +103,13 @@ class Measurement:
         """The bubble of a step, taken apart."""
         computes = self.computes
         begin, end, waited = times[..., BEGIN], times[..., END], times[..., WAITED]
-        ns = int(end[computes].max() - begin[computes].min())
+        first = int(begin[computes].min())
+        ns = int(end[computes].max()) - first
         total = len(self.seats) * ns or 1
         waits = int(waited[computes].sum())
         busy = int((end - begin)[computes].sum()) - waits
         last = np.where(computes, end, 0).max(axis=1, keepdims=True)
-        other = int((end - begin)[~computes & (end <= last)].sum())
+        other = int(np.maximum(end - np.maximum(begin, first), 0)[~computes & (end <= last)].sum())
         transfer = int(self.transfers(times)[1].sum())
         idle = total - busy - waits - other
         shares = (x / total for x in (total - busy, idle, waits - transfer, transfer, other))

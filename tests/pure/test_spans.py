@@ -230,6 +230,18 @@ def test_receive_ends_and_transfer_begins_when_the_tensor_is_sent() -> None:
     ]
 
 
+def test_other_actions_count_from_the_first_compute_of_any_rank_to_the_last_of_their_own() -> None:
+    program = parse_program("# x microbatches=1 stages=0\nWEIGH:all,F:stage0@0,WEIGH:all,BW:stage0@0,CLIP:all\n")
+    m = Measurement(program, ((0,),), (Seat(0, 0), Seat(0, 1)))
+    one = [[0, 40, 0, 0], [40, 50, 0, 0], [51, 53, 0, 0], [53, 60, 0, 0], [60, 99, 0, 0]]
+    two = [[0, 41, 0, 0], [42, 50, 0, 0], [50, 50, 0, 0], [50, 55, 0, 0], [55, 99, 0, 0]]
+    figures = m.figures(np.array([one, two]) * MS)
+    assert figures.ms == 20
+    assert figures.other == pytest.approx((2 + 1) / 40)
+    assert figures.idle == pytest.approx((1 + 1 + 5) / 40)
+    assert figures.bubble == pytest.approx(1 - (17 + 13) / 40)
+
+
 def test_a_slow_action_and_a_gap_are_named() -> None:
     times = played(PROGRAM, Costs(F=2, B=2, W=2))
     typical = measures(TWO, [times])
