@@ -142,6 +142,16 @@ def test_an_asynchronous_error(fake: Fake) -> None:
     assert fake.called().count("CommAbort") == 2
 
 
+def test_a_state_that_nccl_cannot_tell(fake: Fake) -> None:
+    def body(group: NCCLGroup) -> None:
+        fake.script("ncclCommGetAsyncError", 3)
+        time.sleep(0.3)
+        with pytest.raises(GroupError, match="at nothing under way: ncclCommGetAsyncError failed: result 3"):
+            group.all_reduce(torch.ones(2))
+
+    fake.run(1, body)
+
+
 def test_a_call_that_fails(fake: Fake) -> None:
     def body(group: NCCLGroup) -> None:
         fake.script("ncclAllReduce", 4)

@@ -273,12 +273,20 @@ class NCCLGroup(CheckedGroup):
             while self._outstanding and self._outstanding[0].reached():
                 self._outstanding.popleft().keep = ()
             late = any(now > work.due for work in self._outstanding)
-        state = self.comm.state()
-        if state not in (0, IN_PROGRESS):
-            at = self._outstanding[0].text if self._outstanding else "nothing under way"
-            self.fail(f"rank {self.rank}: group {self.name!r} at {at}: {self.comm.state_text(state)}", None)
-            return False
-        return late
+        trouble = self._trouble()
+        if trouble:
+            with self._lock:
+                at = self._outstanding[0].text if self._outstanding else "nothing under way"
+            self.fail(f"rank {self.rank}: group {self.name!r} at {at}: {trouble}", None)
+        return late and not trouble
+
+    def _trouble(self) -> str:
+        """The error that NCCL has found by itself; empty if none."""
+        try:
+            state = self.comm.state()
+            return "" if state in (0, IN_PROGRESS) else self.comm.state_text(state)
+        except GroupError as error:  # NCCL cannot even say
+            return str(error)
 
     def give_up(self, board: Board | None, silence: str) -> None:
         with self._lock:
