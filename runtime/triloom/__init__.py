@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .optim import AdamW as AdamW
     from .optim import warmup_cosine as warmup_cosine
     from .parallel.build import mean_loss as mean_loss
+    from .parallel.recompute import recompute as recompute
     from .placement import Placement as Placement
     from .placement import zero0 as zero0
     from .placement import zero1 as zero1
@@ -57,6 +58,7 @@ _HOME = {
     "mesh": ("Mesh", "make_mesh"),
     "optim": ("AdamW", "warmup_cosine"),
     "parallel.build": ("mean_loss",),
+    "parallel.recompute": ("recompute",),
     "placement": ("Placement", "zero0", "zero1"),
     "scope": ("Scope",),
 }

@@ -15,27 +15,31 @@ from torch.utils import _pytree as pytree
 
 from . import schedules
 from .actions import COMPUTE, Action, Program
+from .budget import fit
 from .errors import ConfigError
 from .groups.base import Group
 from .groups.mesh_groups import mesh_groups
 from .groups.objects import agree, gather_objects
 from .groups.solo import Solo
+from .memory import Ledger, Report, largest
 from .mesh import Mesh, make_mesh
 from .native import Pool
 from .optim import AdamW, Optimizer
 from .parallel import build
+from .parallel.accounting import enter, feedback_bytes
 from .parallel.build import UnitLike
 from .parallel.cut import Boundary, boundary
 from .parallel.executor import Executor, Recorder, StepState, UnitRun
 from .parallel.gather import gather_full
 from .parallel.norms import Clip
 from .parallel.partition import partition
+from .parallel.reduction import Reduction
 from .parallel.segments import check_rules
 from .parallel.sharded import LocalParam, ShardedState
 from .parallel.totals import Totals
 from .parallel.weight_grads import UnitGrads
 from .parallel.wire import Wire
-from .passes import BucketInfo, StateLayout, add_communication, add_recompute, add_state
+from .passes import BucketInfo, StateLayout, add_communication, add_recompute, add_state, recomputed_units
 from .placement import Placement, zero1
 from .program_file import complete
 from .scaling import Scaling, dynamic, fixed
@@ -44,6 +48,7 @@ from .scope import Scope
 from .shards import ShardSpec, split_even
 from .together import together
 from .verify import Verdict, inside, state_footprint, verify
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -79,6 +84,7 @@ class Engine:
     microbatches: pieces each dp rank's batch is cut into. stages: number of units of each stage,
     even if left out. clip: largest global gradient norm (2-norm, or a Clip), None for no clipping. scaling: of the
     loss, and how many steps with a gradient that is not finite may be skipped in a row; dynamic for fp16.
+    reduction: how gradients are summed over dp (``parallel.reduction``: exactly, or compressed).
     record: is told when each action ran (``spans.Spans``).
 
     Raises ConfigError, MeshError or ProgramError, on every rank, before the first step.
@@ -97,6 +103,7 @@ class Engine:
         placement: Placement | None = None,
         clip: float | Clip | None = 1.0,
         scaling: Scaling | None = None,
+        reduction: Reduction | None = None,
         ties: Sequence[Sequence[str]] = (),
         stages: Sequence[int] | None = None,
         sequence_parallel: bool = False,
@@ -111,39 +118,42 @@ class Engine:
         self.optimizer = optimizer or AdamW()
         self.groups = mesh_groups(self.world, self.mesh)
         self.steps = 0
+        self.ledger = Ledger()
         self._microbatches = microbatches
         self._named = build.name_units(units, loss)
         pp = self.groups.axis("pp")
         self._order = order = _schedule(schedule)(pp.size, microbatches)
         self._stages = partition(len(self._named), len(order.stages), stages)
         self._where = order.stages
-        agree(self.world, "the engine's configuration", self._fingerprint(order, [str(clip), str(scaling), seed], ties))
+        same = self._fingerprint(order, [clip, scaling, reduction, seed], ties)
+        agree(self.world, "the engine's configuration", same)
         self.scope = Scope(
             tp=self.groups.axis("tp"),
             sequence_parallel=sequence_parallel and self.groups.axis("tp").size > 1,
             seed=seed,
             device=device or torch.device("cpu"),
             dtype=dtype,
+            selective=self.placement.activations == "selective",
         )
-        self._build(ties)
+        self._build(ties, reduction)
         rule = scaling or (dynamic() if dtype == torch.float16 else fixed())
         self._totals = self._make_totals(clip, rule)
         self._executor = self._make_executor(record)
         self.program, self.verdict = self._compile(order)
         self._eval_program: Program | None = None
-        keeping = self.placement.activations == "keep"
-        self._recomputed = frozenset() if keeping else frozenset(range(len(self._named) - 1))
+        self._recomputed = recomputed_units(self.placement, len(self._named))
+        self._budget = self.placement.activation_bytes  # until the units to recompute are chosen
 
     # -- composition -----------------------------------------------------------------------------
 
     def _fingerprint(self, order: Program, numbers: list[Any], ties: Sequence[Sequence[str]]) -> list[Any]:
         """What must be equal on every rank, as JSON."""
         return [
-            list(self._named), order.to_csv(), numbers, [list(t) for t in ties], [len(s) for s in self._stages],
-            str(self.placement), type(self.optimizer).__name__,
+            list(self._named), order.to_csv(), *map(str, numbers), [list(t) for t in ties],
+            [len(s) for s in self._stages], str(self.placement), type(self.optimizer).__name__,
         ]  # fmt: skip
 
-    def _build(self, ties: Sequence[Sequence[str]]) -> None:
+    def _build(self, ties: Sequence[Sequence[str]], reduction: Reduction | None) -> None:
         here = self.groups.axis("pp").rank
         coord_of = [self._where[s] for s, run in enumerate(self._stages) for _ in run]
         mine = [u for u, c in enumerate(coord_of) if c == here]
@@ -170,7 +180,9 @@ class Engine:
             optimizer=self.optimizer,
             device=self.scope.device,
             pool=Pool(torch.get_num_threads()) if torch.get_num_threads() > 1 else None,
+            reduction=reduction,
         )
+        enter(self.ledger, self.state.buckets, self.modules.values())
         self._units = {
             u: UnitRun(
                 index=u,
@@ -206,6 +218,8 @@ class Engine:
             handlers={**self.state.handlers(), **self._totals.handlers()},
             ready=self.state.ready,
             record=record,
+            ledger=self.ledger,
+            flops=self.placement.activations == "budget",
         )
 
     def _compile(self, order: Program) -> tuple[Program, Verdict]:
@@ -226,7 +240,7 @@ class Engine:
             tuple(tuple(BucketInfo(k, tuple(u), tuple(t)) for k, (u, t) in enumerate(row)) for row in rows),
         )
         self._layout = layout
-        if self.placement.activations == "recompute":
+        if recomputed_units(self.placement, len(self._named)):
             order = add_recompute(order)
         return self._prove(complete(order, layout, self.placement))
 
@@ -256,6 +270,9 @@ class Engine:
         self.state.begin_step()
         self._executor.run(self._actions(self.program), state)
         self.state.end_step()
+        self.ledger.set("feedback", feedback_bytes(self.state.buckets))
+        if self._budget is not None:
+            self._recomputed, self._budget = self._fit(self._budget), None
         self.groups.check()
         self.steps += not state.skipped
         return Metrics(
@@ -268,6 +285,12 @@ class Engine:
             skipped=state.skipped,
             note=state.note,
         )
+
+    def _fit(self, budget: int) -> frozenset[int]:
+        """The units to recompute from now on, from what the first step measured; the same on every rank of tp."""
+        everyone = gather_objects(self.groups.axis("tp"), self._executor.activations.largest())
+        row, coord = self._actions(self.program), self.groups.axis("pp").rank
+        return together(self.world, lambda: fit(row, self._layout, coord, largest(everyone), budget))
 
     def evaluate(self, inputs: Any, targets: Any) -> Metrics:
         """Loss without a gradient or an update; gradient norm and learning rate are 0."""
@@ -297,9 +320,9 @@ class Engine:
             raise ConfigError(f"no parameter has a state {kind!r}; ask for params, master or a state of the optimizer")
         return state
 
-    def memory(self) -> dict[str, int]:
-        """Bytes this rank holds, by class; activations at their peak."""
-        return {**self.state.bytes(), "activations": self._executor.activations.peak}
+    def memory(self) -> Report:
+        """Bytes this rank holds by class (``memory.CLASSES``), now and at the peak since the engine was built."""
+        return self.ledger.report()
 
     @property
     def stage_units(self) -> Sequence[range]:
@@ -328,6 +351,7 @@ class Engine:
         first = self.groups.axis("dp").rank * batch
         starts = [first + sum(sizes[:i]) for i in range(len(sizes))]
         bounds = [boundary(t) for t in x]
+        self.ledger.set("batch", sum(t.nbytes for t in pytree.tree_leaves((x, y)) if isinstance(t, torch.Tensor)))
         return StepState(
             inputs=bounds,
             targets=y,

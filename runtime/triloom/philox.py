@@ -30,6 +30,7 @@ import torch
 from . import _C
 from .errors import ConfigError
 from .native import DTYPE_CODES, FLOATS, Pool, sqrt, written
+from .shadow import shadow
 from .shards import ShardSpec
 
 _INDEX_END = 1 << 63
@@ -110,6 +111,8 @@ def _fill(
     _check_box(out, key, base, strides)
     if any(step == 0 and size > 1 for size, step in zip(out.shape, out.stride(), strict=True)):
         raise ConfigError(f"cannot fill an expanded tensor (shape {tuple(out.shape)}, strides {out.stride()})")
+    if shadow(out):
+        return out
     if out.device.type == "cpu":
         code = DTYPE_CODES[out.dtype]
         native(out.data_ptr(), code, out.shape, out.stride(), tuple(strides), key, base, *numbers, pool)
@@ -234,6 +237,8 @@ def _drop(
     pool: Pool | None,
 ) -> torch.Tensor:
     out = torch.empty_like(x)
+    if shadow(x):
+        return out
     if x.device.type == "cpu":
         code = DTYPE_CODES[x.dtype]
         _C.dropout(

@@ -13,7 +13,7 @@ from .errors import ConfigError
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 TIERS = ("device",)
-ACTIVATIONS = ("keep", "recompute")
+ACTIVATIONS = ("keep", "selective", "recompute", "budget")
 CADENCES = ("step", "microbatch")
 
 
@@ -45,8 +45,12 @@ class Placement:
     bucket_bytes: int = 16 << 20
     """Bytes of gradient per bucket of the flat layout (rounded up to whole parameters)."""
     activations: str = "keep"
-    """``keep`` what autograd saves from a unit's forward to its backward, or ``recompute`` it (all units but
-    the loss, whose backward follows its forward)."""
+    """What becomes of the tensors that autograd saves from a unit's forward to its backward. ``keep`` them;
+    ``recompute`` them (of all units but the loss, whose backward follows its forward); ``selective``: the layers
+    themselves recompute the inside of attention; ``budget``: recompute the units that save enough for
+    ``activation_bytes`` at the least cost."""
+    activation_bytes: int | None = None
+    """Most bytes of activations on a rank, for ``budget``."""
     cadence: str = "step"
     """``step``: gradients are reduced once a step. ``microbatch``: after each, into the accumulated shard; another
     order of additions, so other bits. Tied parameters are always reduced once a step."""
@@ -67,6 +71,13 @@ class Placement:
             raise ConfigError(f"shard_ranks must be a positive number of dp ranks, got {self.shard_ranks}")
         if self.activations not in ACTIVATIONS:
             raise ConfigError(f"activations {self.activations!r} is not one of {', '.join(ACTIVATIONS)}")
+        if (self.activations == "budget") != (self.activation_bytes is not None):
+            raise ConfigError(
+                f"activations={self.activations!r} with activation_bytes={self.activation_bytes}: a budget, and only a "
+                "budget, needs activation_bytes"
+            )
+        if self.activation_bytes is not None and self.activation_bytes < 1:
+            raise ConfigError(f"activation_bytes must be positive, got {self.activation_bytes}")
         if self.cadence not in CADENCES:
             raise ConfigError(f"cadence {self.cadence!r} is not one of {', '.join(CADENCES)}")
         if not isinstance(self.prefetch, int) or self.prefetch < 0:

@@ -50,3 +50,5 @@ class Scope:
     grads: WeightGrads | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    selective: bool = False
+    """Layers recompute what is large to keep and cheap to compute: the inside of attention (arXiv 2205.05198)."""

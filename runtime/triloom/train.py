@@ -161,9 +161,9 @@ class Loop:
             losses.append(metrics.loss)
             evaluated = self._due(step)
             held_out = self._evaluate() if evaluated else held_out
-            self._log.step(metrics, seconds, self._engine.memory(), held_out if evaluated else None, pipeline)
+            self._log.step(metrics, seconds, self._engine.memory().shown, held_out if evaluated else None, pipeline)
         spent = time.perf_counter() - begin
-        memory = gather_objects(self._world.group, self._engine.memory())
+        memory = gather_objects(self._world.group, self._engine.memory().shown)
         self._timing.finish(self._log.folder)
         result = Result(self._log.folder, losses[0], losses[-1], held_out, spent, tuple(memory))
         self._log.finish(result)

@@ -137,8 +137,9 @@ def test_sharded_parameters_are_refused_between_uses_and_gathered_on_request() -
         made = units()
         engine = Engine(made, mean_loss(F.mse_loss), world=group, optimizer=RULE, placement=zero3())
         expected = engine.full_state()
-        padded = 8 * sum(b.bucket.numel for b in engine.state.buckets)
-        assert engine.memory()["params"] * group.size == padded == engine.memory()["optimizer"] * group.size // 2
+        padded, held = 8 * sum(b.bucket.numel for b in engine.state.buckets), engine.memory().present
+        assert held["moments"] == 2 * held["params"] and held["gathered"] == 0
+        assert 4 * padded == group.size * (held["params"] + held["grads"] + held["moments"] + held["padding"])
         with pytest.raises(TriloomError, match=r"0\.weight is sharded .* engine\.gathered"):
             made[0].weight.sum()
         with pytest.raises(TriloomError, match="sharded"):

@@ -12,6 +12,7 @@ from triloom_kernels.rope import split_rotate
 
 from ..errors import ConfigError
 from ..mesh import check_divides
+from ..parallel.recompute import recompute
 from ..scope import Scope
 from ..tp import ColumnParallelLinear, HeadDropout, RowParallelLinear, layout_of
 from .config import DecoderConfig
@@ -32,6 +33,7 @@ class Attention(nn.Module):
         check_divides("heads", config.heads, "tp", tp)
         check_divides("kv_heads", config.kv_heads, "tp", tp)
         self.heads, self.kv_heads = config.heads // tp, config.kv_heads // tp
+        self.scope = scope
         self.max_seq, self.layout, self.tables = config.max_seq, layout_of(scope), tables
         parts = (config.heads * d, config.kv_heads * d, config.kv_heads * d)
         self.qkv = ColumnParallelLinear(
@@ -50,12 +52,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self.layout.by_head(t) for t in self._split(self.qkv(x)))
-        if self.dropout.active:
-            y = self._dropped(q, k, v)
+        if self.scope.selective:
+            y = recompute(self._attend, q, k, v, scope=self.scope, draws=False)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+            y = self._attend(q, k, v)
         out: Tensor = self.out(self.layout.merge_heads(y))
         return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """By head, ``[b, heads, s, d]``."""
+        if self.dropout.active:
+            return self._dropped(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values by head, ``[b, s, heads, d]`` (or sequence first), rotated."""

@@ -6,6 +6,7 @@ accumulators are made once. A flat tensor that is sharded has bytes only between
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,8 @@ from .segments import Segment, Treatments, cut, keep, padding
 from .weight_grads import Accumulator
 
 ACCUMULATE = {torch.float64: torch.float64}
-"""Dtype of gradients, masters and moments by parameter dtype; fp32 where not listed."""
+"""Dtype of masters and moments, and of gradients unless the placement says otherwise, by parameter dtype; fp32 where
+not listed."""
 
 
 class Flat:
@@ -27,22 +29,30 @@ class Flat:
         self.tensor = torch.zeros(numel, dtype=dtype, device=device)
         self.whole = True
         self._bytes = self.tensor.untyped_storage().nbytes()
+        self.moved: Callable[[int], None] | None = None
+        """Is told of the bytes taken (or given back, negative)."""
 
     def provide(self) -> torch.Tensor:
         """Take memory; the contents are undefined."""
         if not self.whole:
             self.tensor.untyped_storage().resize_(self._bytes)
             self.whole = True
+            if self.moved is not None:
+                self.moved(self._bytes)
         return self.tensor
 
     def release(self) -> None:
         """Give the memory back. Reading a view is undefined from now on."""
-        self.tensor.untyped_storage().resize_(0)
-        self.whole = False
+        if self.whole:
+            self.tensor.untyped_storage().resize_(0)
+            self.whole = False
+            if self.moved is not None:
+                self.moved(-self._bytes)
 
     @property
     def nbytes(self) -> int:
-        return self._bytes if self.whole else 0
+        """Of the whole tensor, whether it is there now or not."""
+        return self._bytes
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Residency:
     """Reduced after each microbatch and folded into a shard."""
     optimizer: bool
     """STEP updates this rank's shard only."""
+    grad_dtype: str | None = None
+    """Of gradients, accumulated and reduced; None: that of the master."""
 
 
 def residency(placement: Placement, *, tied: bool, dp: int) -> Residency:
@@ -67,6 +79,7 @@ def residency(placement: Placement, *, tied: bool, dp: int) -> Residency:
         grads=placement.grads.sharded and many and not tied,
         each=placement.cadence == "microbatch" and not tied,
         optimizer=placement.optimizer.sharded,
+        grad_dtype=placement.grads.dtype,
     )
 
 
@@ -128,19 +141,6 @@ class BucketState:
             for use in uses:
                 use.fresh = True
 
-    def bytes(self) -> dict[str, int]:
-        """Bytes held now, by class."""
-        extra = sum(u.out.nbytes for uses in self.uses.values() for u in uses[1:])
-        own_master = self.master.dtype != self.params.tensor.dtype
-        return {
-            "params": self.params.nbytes + (self.param_shard.nbytes if self.residency.params else 0),
-            "grads": self.grads.nbytes
-            + (self.grad_shard.nbytes if self.residency.each or self.residency.grads else 0)
-            + extra
-            + sum(t.nbytes for t in self.memory.values()),
-            "optimizer": sum(t.nbytes for t in self.states.values()) + (self.master.nbytes if own_master else 0),
-        }
-
 
 def allocate(
     bucket: Bucket,
@@ -154,12 +154,13 @@ def allocate(
     """The tensors of a bucket, all zero and whole; :func:`settle_down` follows once parameters are in."""
     dtype: torch.dtype = getattr(torch, bucket.dtype)
     acc = ACCUMULATE.get(dtype, torch.float32)
+    grad = acc if residency.grad_dtype is None else getattr(torch, residency.grad_dtype)
     lo, hi = bucket.shard(rank, dp)
     updates = slice(lo, hi) if residency.optimizer else slice(0, bucket.numel)
-    params, grads = Flat(bucket.numel, dtype, device), Flat(bucket.numel, acc, device)
+    params, grads = Flat(bucket.numel, dtype, device), Flat(bucket.numel, grad, device)
     own_params = torch.zeros(hi - lo, dtype=dtype, device=device) if residency.params else params.tensor[lo:hi]
     separate = residency.each or residency.grads
-    own_grads = torch.zeros(hi - lo, dtype=acc, device=device) if separate else grads.tensor[lo:hi]
+    own_grads = torch.zeros(hi - lo, dtype=grad, device=device) if separate else grads.tensor[lo:hi]
     states, segments = keep(cut(bucket, updates, treatments), acc, device)
     return BucketState(
         bucket=bucket,
@@ -181,7 +182,7 @@ def settle_down(state: BucketState) -> None:
     """Take this rank's shards of the initial parameters and give back what the placement does not keep whole."""
     if state.residency.params:
         state.param_shard.copy_(state.params.tensor[state.shard])
-    acc = state.grad_shard.dtype
+    acc = ACCUMULATE.get(state.params.tensor.dtype, torch.float32)
     if acc != state.params.tensor.dtype:
         whole = state.param_shard if state.residency.optimizer else state.params.tensor[state.updates]
         state.master = whole.to(acc)

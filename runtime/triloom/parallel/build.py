@@ -51,7 +51,8 @@ def build_units(named: Mapping[str, UnitLike], wanted: Sequence[int], scope: Sco
                 f"the loss unit {type(module).__name__} needs a method weight(targets); it returns (sum, weight) "
                 "from forward(x, targets). Wrap a mean loss as triloom.mean_loss(function)"
             )
-        out[index] = module.to(scope.device)
+        there = all(t.device == scope.device for t in (*module.parameters(), *module.buffers()))
+        out[index] = module if there else module.to(scope.device)
     return out
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ..actions import Action, stage_of
 from ..errors import TriloomError
+from ..memory import Ledger
 from ..scope import Scope
 from . import cut
 from .activations import Activations
@@ -99,7 +100,8 @@ class Executor:
 
     stages: the units of every stage of the model, as global unit numbers; where: the pipeline
     coordinate of every stage; here: this rank's coordinate; handlers: of the actions on sharded state; ready:
-    waits for the parameters of a unit.
+    waits for the parameters of a unit; ledger: is told of all bytes that computes hold; flops:
+    of the forwards are counted.
     """
 
     def __init__(
@@ -114,6 +116,8 @@ class Executor:
         handlers: dict[str, Handler],
         ready: Callable[[int], None],
         record: Recorder | None = None,
+        ledger: Ledger | None = None,
+        flops: bool = False,
     ) -> None:
         self._stages = stages
         self._where = where
@@ -126,7 +130,7 @@ class Executor:
         self._record = record
         self._metas: dict[tuple[int, Any], TreeMeta] = {}
         self._seen: set[Any] = set()
-        self.activations = Activations()
+        self.activations = Activations(ledger or Ledger(), stages[-1][-1], flops=flops)
         self._handlers: dict[str, Handler] = {
             "F": self._forward,
             "BW": self._backward_now,
@@ -141,6 +145,7 @@ class Executor:
     def run(self, actions: Sequence[Action], state: StepState) -> None:
         """Execute a verified list. Returns with every transfer done."""
         state.unknown = frozenset(state.signatures) - self._seen
+        self.activations.begin(state.signatures, state.recomputed, training=state.training)
         if self._record is None:
             for action in actions:
                 self._handlers[action.op](action, state)
@@ -151,6 +156,7 @@ class Executor:
                 self._handlers[action.op](action, state)
                 self._record.action(action, begin, time.perf_counter_ns())
         self._wire.drain()
+        self.activations.end()
         self._seen |= state.unknown
 
     # -- forward ---------------------------------------------------------------------------------
@@ -180,6 +186,7 @@ class Executor:
         if peer == self._here:
             return state.outs.pop((self._stages[stage - 1][-1], mb))
         tensors = self._wire.take(("act", stage - 1, mb), peer)
+        self.activations.receive("act", self._stages[stage - 1][-1], mb, tensors)
         return fill(self._metas[stage - 1, state.signatures[mb]], tensors)
 
     def _enter(self, unit: UnitRun, mb: int, state: StepState) -> tuple[Any, ...]:
@@ -193,12 +200,16 @@ class Executor:
     def _run_unit(self, unit: UnitRun, x: Boundary, mb: int, state: StepState) -> Boundary:
         extra = self._enter(unit, mb, state)
         if not state.training:
-            return cut.forward_only(unit.module, x, *extra)
+            out = cut.forward_only(unit.module, x, *extra)
+            self.activations.forward(unit, mb, out)
+            return out
         if unit.index in state.recomputed:
             out, state.kept[unit.index, mb] = unit.keeper.forward(unit.module, x, bool(unit.params), *extra)
+            self.activations.forward(unit, mb, out)
             return out
-        with self.activations.forward(unit, state.signatures[mb]):
+        with self.activations.watch(unit, mb, (x.leaves, extra)) as made:
             out, state.passes[unit.index, mb] = cut.forward(unit.module, x, *extra)
+            made.append(out)
         return out
 
     def _recompute(self, action: Action, state: StepState) -> None:
@@ -207,8 +218,10 @@ class Executor:
             if u in state.recomputed:
                 unit = self._units[u]
                 extra = self._enter(unit, mb, state)
-                with self.activations.forward(unit, state.signatures[mb]):
-                    state.passes[u, mb] = unit.keeper.again(unit.module, state.kept.pop((u, mb)), *extra)
+                kept = state.kept.pop((u, mb))
+                with self.activations.watch(unit, mb, (kept.x.leaves, extra), again=True) as made:
+                    out, state.passes[u, mb] = unit.keeper.again(unit.module, kept, *extra)
+                    made.append(out)
 
     def _loss(self, unit: UnitRun, out: Boundary, mb: int, state: StepState) -> None:
         state.losses[mb] = out.leaves[0]
@@ -235,7 +248,7 @@ class Executor:
             self._ready(u)
             unit.grads.deferring = deferring
             found = cut.backward(state.passes.pop((u, mb)), state.grads.pop((u, mb)), unit.params, unit.grads)
-            self.activations.release(unit, state.signatures[mb])
+            self.activations.backward(unit, mb, deferring is not None)
             if u > 0:
                 state.grads[u - 1, mb] = found
 
@@ -245,12 +258,14 @@ class Executor:
         if peer == self._here:
             return state.grads.pop((self._stages[stage][-1], mb))
         grads = self._wire.take(("grad", stage + 1, mb), peer)
+        self.activations.receive("grad", self._stages[stage][-1], mb, grads)
         del state.carriers[stage, mb]
         return grads
 
     def _weights(self, action: Action, state: StepState) -> None:
         for u in reversed(self._subject_units(action)):
             self._units[u].grads.flush(_mb(action))
+            self.activations.weights(u, _mb(action))
 
     def _subject_units(self, action: Action) -> range:
         index = action.subject.index or 0
@@ -262,7 +277,9 @@ class Executor:
         kind, stage = action.subject.kind, stage_of(action)
         mb, peer = _mb(action), _peer(action)
         if kind == "grad":
-            self._wire.send(state.grads.pop((self._stages[stage][0] - 1, mb)), peer)
+            before = self._stages[stage][0] - 1
+            self._wire.send(state.grads.pop((before, mb)), peer, self.activations.send("grad", before, mb))
+            self.activations.transferring(self._wire.held)
             return
         x = state.outs.pop((self._stages[stage][-1], mb))
         meta = meta_of(x)
@@ -276,7 +293,8 @@ class Executor:
                 f"{self._metas[stage, signature].leaves} then, {meta.leaves} now; shapes between stages may depend on "
                 "the shapes of the batch only"
             )
-        self._wire.send(x.tensors(), peer)
+        self._wire.send(x.tensors(), peer, self.activations.send("act", self._stages[stage][-1], mb))
+        self.activations.transferring(self._wire.held)
 
     def _recv(self, action: Action, state: StepState) -> None:
         kind, stage = action.subject.kind, stage_of(action)
@@ -292,10 +310,12 @@ class Executor:
             return meta.tensors()
 
         known = None if signature in state.unknown else self._metas[stage, signature].tensors()
+        self.activations.expect("act", self._stages[stage][-1], mb)
         self._wire.expect(("act", stage, mb), peer, known, from_header)
 
     def _expect_grad(self, stage: int, mb: int, peer: int, state: StepState) -> None:
         key = (stage - 1, mb)
+        self.activations.expect("grad", self._stages[stage - 1][-1], mb)
         self._wire.expect(("grad", stage, mb), peer, state.carriers.get(key), lambda: state.carriers[key])
 
 

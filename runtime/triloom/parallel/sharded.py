@@ -342,14 +342,6 @@ class ShardedState:
         self._dp.all_gather(full, mine.contiguous()).wait()
         return full
 
-    def bytes(self) -> dict[str, int]:
-        """Bytes held now, by class of state."""
-        total = dict.fromkeys(("params", "grads", "optimizer"), 0)
-        for state in self.buckets:
-            for name, size in state.bytes().items():
-                total[name] += size
-        return total
-
 
 def _finish_gather(state: BucketState) -> None:
     if state.gather is not None:

@@ -95,16 +95,22 @@ class Wire:
         self._link = link
         self._waited = waited
         self._device = device
-        self._outbox: list[tuple[Work, torch.Tensor]] = []
+        self._outbox: list[tuple[Work, torch.Tensor, int]] = []
         self._inboxes: dict[int, _Inbox] = {}
 
-    def send(self, tensors: list[torch.Tensor], peer: int) -> None:
-        """Post; the tensors are held until they have left."""
+    def send(self, tensors: list[torch.Tensor], peer: int, alone: int = 0) -> None:
+        """Post; the tensors are held until they have left. alone: bytes that nobody else holds."""
         group, rank = self._link(peer, "send")
-        self._outbox = [(w, t) for w, t in self._outbox if not w.done()]
+        self._outbox = [entry for entry in self._outbox if not entry[0].done()]
         for t in tensors:
             t = t.contiguous()
-            self._outbox.append((group.send(t, rank), t))
+            self._outbox.append((group.send(t, rank), t, alone))
+            alone = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes under way that nobody else holds."""
+        return sum(alone for _, _, alone in self._outbox)
 
     def expect(self, key: Any, peer: int, known: list[TensorMeta] | None, late: Callable[[], list[TensorMeta]]) -> None:
         """Post the receive of ``key`` if its shapes are known; else ``late()`` gives them when it is taken."""
@@ -146,6 +152,6 @@ class Wire:
 
     def drain(self) -> None:
         """Wait until everything has left."""
-        for work, _ in self._outbox:
+        for work, _, _ in self._outbox:
             work.wait()
         self._outbox.clear()

@@ -6,7 +6,7 @@ schedule(ranks, microbatches) -> add_recompute -> add_communication -> add_state
 from .communication import INPUT_GRADIENT, add_communication, consumed_by, produced
 from .layout import BucketInfo, StateLayout, check_layout
 from .lowering import WEIGHT_GRADIENT
-from .recompute import add_recompute
+from .recompute import add_recompute, recomputed_units
 from .state import add_state, gathers_params
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "consumed_by",
     "gathers_params",
     "produced",
+    "recomputed_units",
 ]

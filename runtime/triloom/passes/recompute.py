@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..actions import Action, Program, replace_ranks
+from ..placement import Placement
 
 
 def add_recompute(program: Program) -> Program:
@@ -23,3 +24,9 @@ def add_recompute(program: Program) -> Program:
             yield a
 
     return replace_ranks(program, map(row, program.ranks))
+
+
+def recomputed_units(placement: Placement, units: int) -> frozenset[int]:
+    """Units that R is for, of so many: all but the loss, whose backward follows its forward. With ``budget`` those
+    are recomputed until their sizes are known, and some of them afterwards: an R of any other does nothing."""
+    return frozenset(range(units - 1) if placement.activations in ("recompute", "budget") else ())
