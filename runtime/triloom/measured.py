@@ -218,10 +218,11 @@ class Difference(NamedTuple):
 def differences(m: Measurement, times: Times, typical: Measures, replica: int = 0, most: int = 5) -> list[Difference]:
     """The largest reasons why a measured step is not the simulated one, largest first.
 
-    A compute action can take longer or shorter than the median of its kind and stage, and it can begin later
-    than the one before it was over; its own wait for a tensor is none, as the simulation waits as well.
+    A compute action can take longer or shorter than the median of its kind and stage, it can begin later than
+    the one before it was over, and its tensor can be on its way for longer than the simulation's latency. To
+    wait for a tensor that was not sent yet is none: the simulation waits as well.
     """
-    found: list[Difference] = []
+    found = list(_late_tensors(m, times, typical, replica))
     for rank, seat in enumerate(m.seats):
         wholes = m.wholes[seat.coord] if seat.replica == replica else ()
         for whole in wholes:
@@ -233,6 +234,15 @@ def differences(m: Measurement, times: Times, typical: Measures, replica: int = 
         for before, after in pairwise(sorted(row for whole in wholes for row in whole.rows)):
             found.append(_gap(m, times[rank], rank, before, after))
     return sorted(found, key=lambda d: -abs(d.ms))[:most]
+
+
+def _late_tensors(m: Measurement, times: Times, typical: Measures, replica: int) -> Iterator[Difference]:
+    for (rank, row), ns in zip(*m.transfers(times), strict=True):
+        late = ns / 1e6 - typical.comm
+        if late > 0 and m.seats[rank].replica == replica:
+            action = m.program.ranks[m.seats[rank].coord][row]
+            text = f"rank {rank} {action} waited {ns / 1e6:.3f} for a tensor on its way, simulated {typical.comm:.3f}"
+            yield Difference(float(late), text)
 
 
 def _gap(m: Measurement, rows: Times, rank: int, before: int, after: int) -> Difference:

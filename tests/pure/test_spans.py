@@ -255,6 +255,17 @@ def test_a_slow_action_and_a_gap_are_named() -> None:
     assert named[1].text == "rank 1 F:stage1@2 took 5.000, the median is 2.000"
 
 
+def test_a_tensor_that_comes_late_is_named() -> None:
+    times = played(PROGRAM, Costs(F=2, B=2, W=2, comm=0.5))
+    typical = measures(TWO, [times])
+    row = PROGRAM.ranks[1].index(Action("F", Subject("stage", 1), 0))
+    times[1, row, [1, 2, 3]] += 7 * MS
+    times[1, row + 1 :, :2] += 7 * MS
+    (late,) = differences(TWO, times, typical, most=1)
+    assert late.ms == pytest.approx(7)
+    assert late.text == "rank 1 F:stage1@0 waited 7.500 for a tensor on its way, simulated 0.500"
+
+
 def test_units_of_one_stage_action_are_one_action_to_the_simulation() -> None:
     program = parse_program(
         "# x microbatches=1 stages=0/1\nF:stage0@0,SEND:act0@0>1,RECV:grad1@0<1,BW:unit1@0,BW:unit0@0\n"
