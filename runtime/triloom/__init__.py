@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .boot import World as World
+    from .boot import adopt as adopt
     from .boot import init as init
     from .engine import Engine as Engine
     from .engine import Metrics as Metrics
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "boot": ("World", "init"),
+    "boot": ("World", "adopt", "init"),
     "engine": ("Engine", "Metrics"),
     "errors": (
         "ConfigError",
