@@ -28,8 +28,15 @@ if TYPE_CHECKING:
     from .groups.threads import run_threads as run_threads
     from .mesh import Mesh as Mesh
     from .mesh import make_mesh as make_mesh
+    from .optim import SGD as SGD
+    from .optim import Adafactor as Adafactor
     from .optim import AdamW as AdamW
+    from .optim import AdamW8bit as AdamW8bit
+    from .optim import Lion as Lion
+    from .optim import Muon as Muon
+    from .optim import TorchOptimizer as TorchOptimizer
     from .optim import warmup_cosine as warmup_cosine
+    from .optim import wsd as wsd
     from .parallel.build import mean_loss as mean_loss
     from .parallel.recompute import recompute as recompute
     from .placement import Placement as Placement
@@ -57,7 +64,17 @@ _HOME = {
     "groups.solo": ("Solo",),
     "groups.threads": ("run_threads",),
     "mesh": ("Mesh", "make_mesh"),
-    "optim": ("AdamW", "warmup_cosine"),
+    "optim": (
+        "Adafactor",
+        "AdamW",
+        "AdamW8bit",
+        "Lion",
+        "Muon",
+        "SGD",
+        "TorchOptimizer",
+        "warmup_cosine",
+        "wsd",
+    ),
     "parallel.build": ("mean_loss",),
     "parallel.recompute": ("recompute",),
     "placement": ("Placement", "zero0", "zero1"),
