@@ -13,6 +13,8 @@ import torch
 
 from harness import launch
 from triloom import boot
+from triloom.doctor import HOST, RANKS, Place, examine
+from triloom.errors import ConfigError
 
 FAILING = str(Path(__file__).with_name("failing.py"))
 
@@ -53,6 +55,35 @@ def test_what_is_passed_is_taken(world: boot.World) -> None:
     assert other.launcher == "given"
     assert other.group is world.group
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.ranks(3)
+def test_a_communicator_can_be_handed_in(world: boot.World) -> None:
+    """Backwards, without rank 1; it stays the caller's."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD.Split(MPI.UNDEFINED if world.rank == 1 else 0, -world.rank)
+    if world.rank == 1:
+        with pytest.raises(ConfigError, match="must be an mpi4py intracommunicator that holds this process"):
+            boot.init(comm=comm, hooks=False)
+        return
+    with boot.init(comm=comm, hooks=False, deadline=20) as handed:
+        assert (handed.rank, handed.size, handed.launcher) == (1 - world.rank // 2, 2, "comm")
+        x = torch.tensor([float(world.rank)])
+        handed.group.all_reduce(x).wait()
+        assert x.item() == 2.0
+    assert comm.allreduce(1) == 2
+    comm.Free()
+
+
+@pytest.mark.ranks(2)
+def test_doctor_looks_at_ranks_together(world: boot.World, tmp_path: Path) -> None:
+    lines = {line.name: line for line in examine(Place(tmp_path, world))}
+    assert list(lines) == [probe.name for probe in (*HOST, *RANKS)]
+    assert lines["launcher"].says == "openmpi, 2 ranks"
+    assert lines["MPI"].data["name"] == "Open MPI" == lines["mpirun"].data["version"][:8]
+    assert lines["agreement"].verdict == "ok" and lines["nodes"].data["node"] == [0, 0]
+    assert lines["latency"].data["seconds"] > 0 and lines["bandwidth"].data["inside"] > 0
 
 
 @pytest.mark.parametrize(
