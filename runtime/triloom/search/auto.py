@@ -5,7 +5,9 @@ Where it looks, in this order, on one stage a rank and (where the costs fit) on 
 1. every named schedule that fits the memory, as it is;
 2. their forwards and backwards in the same order with the Ws woven in anew (see ``weave``);
 3. 1F1B orders over a family of warm-ups, from one microbatch a rank to what the memory holds;
-4. small changes to the best order so far: one more or one less forward ahead of the backwards of a
+4. building blocks of the true costs, repeated (arXiv 2405.15362): one microbatch's way through the
+   stages at several speeds, and the next one's a period later; the slower, the more memory;
+5. small changes to the best order so far: one more or one less forward ahead of the backwards of a
    rank or of all ranks from one on, and a forward and a backward that change places.
 
 The effort is counted in actions, not in seconds, so that every rank finds the same program.
@@ -31,6 +33,8 @@ Limit = float | Sequence[float] | None
 
 PATIENCE = (1.0, 0.5, 0.0)
 """Parts of a W that a wait must hold before it is used for one."""
+SPEEDS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+"""Times a stage's own time until the next stage's turn in a building block."""
 EFFORT = 2_000_000
 """Actions woven before the search ends: a second or two on one core."""
 ROUNDING = 1e-9
@@ -158,6 +162,8 @@ class _Search:
         if self.loom.stages == self.loom.ranks:
             for warm in _warmups(self.loom):
                 self._try(_one_f_one_b(self.loom.m, warm), PATIENCE[:2])
+        for down, up in product(SPEEDS, repeat=2):
+            self._try(_repeated(self.loom, down, up), PATIENCE[:1])
 
     def improve(self, draw: random.Random) -> None:
         """Small changes as long as the effort lasts, each kept if it is not worse."""
@@ -198,6 +204,26 @@ def _one_f_one_b(m: int, warm: Sequence[int]) -> list[Order]:
     return [
         _alternate([r * m + k for k in range(m)], [(p + r) * m + k for k in range(m)], w) for r, w in enumerate(warm)
     ]
+
+
+def _repeated(loom: Loom, down: float, up: float) -> list[Order]:
+    """Orders by the times of a block; F through the first half of the stages and B through the second (down a V)
+    take ``down`` times as long as they could, the others ``up`` times."""
+    half, numbers = loom.stages // 2, range(loom.stages)
+    path = [*numbers, *(loom.stages + s for s in reversed(numbers))]
+    stretch = [down if (s < half) == forward else up for forward in (True, False) for s in numbers]
+    begins, clock = {}, 0.0
+    for line in path:
+        begins[line] = clock
+        clock += stretch[line] * (loom.seconds[line] + loom.delay[line])
+    work = [0.0] * loom.ranks
+    for s, rank in enumerate(loom.where):
+        work[rank] += loom.seconds[s] + loom.seconds[loom.stages + s] + (loom.weights[s] if loom.split else 0.0)
+    timed: list[list[tuple[float, int]]] = [[] for _ in work]
+    for line, begin in begins.items():
+        row = timed[loom.where[line % loom.stages]]
+        row += [(begin + k * max(work), line * loom.m + k) for k in range(loom.m)]
+    return [[number for _, number in sorted(row)] for row in timed]
 
 
 def _alternate(forwards: Order, backwards: Order, ahead: int) -> Order:
