@@ -261,7 +261,7 @@ def _fill(config: Config, mesh: Mesh, data_vocab: int, program: Program | None) 
     warmup = min(100, config.train.steps // 10) if o.warmup is None else o.warmup
     cooldown = min(steps // 5, steps - warmup) if o.cooldown is None else o.cooldown
     known = OPTIMIZERS[o.kind]
-    special = {n: known.get(n) if getattr(o, n) is None else getattr(o, n) for n in OPTIMIZER_KEYS}
+    special: dict[str, Any] = {n: known.get(n) if getattr(o, n) is None else getattr(o, n) for n in OPTIMIZER_KEYS}
     return replace(
         config,
         model=replace(

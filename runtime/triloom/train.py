@@ -23,7 +23,7 @@ from .engine import Engine
 from .errors import ProgramError
 from .groups.objects import gather_objects
 from .models import Model, decoder
-from .optim.configured import make_optimizer
+from .optim.configured import make_optimizer as make_optimizer
 from .parallel.executor import Recorder
 from .plan import Plan, make_plan
 from .program_file import check, has_state
