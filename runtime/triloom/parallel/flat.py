@@ -82,6 +82,9 @@ class Entry:
     """Number of the optimizer's rule that updates it."""
     whole: bool = False
     """The rule needs the whole tensor on one dp rank."""
+    treatment: int = 0
+    """Number of the treatment: in a bucket those that are treated alike lie side by side, so that one call of
+    the rule updates them."""
 
     @property
     def kind(self) -> tuple[str, bool]:
@@ -144,7 +147,7 @@ def _balanced(run: Sequence[Entry], dp: int) -> bool:
 def _bucket(index: int, run: Sequence[Entry], dp: int) -> Bucket:
     slots = []
     offset = 0
-    for e in run:
+    for e in sorted(run, key=lambda e: e.treatment):
         slots.append(Slot(e.name, e.unit, e.shape, offset))
         offset += e.room
     multiple = dp * ALIGN

@@ -21,13 +21,13 @@ import torch
 from ..actions import Action
 from ..groups.base import Group
 from ..native import Pool
-from ..optim import Hyper, Optimizer, Rule
+from ..optim import Hyper, Optimizer, Rule, Treatment
 from ..placement import Placement
 from ..shards import ShardSpec
 from . import ties as tied
 from .bucket import BucketState, allocate, residency, settle_down
 from .executor import Handler, StepState
-from .flat import Bucket, Entry, Slot, layout, pieces
+from .flat import Bucket, Entry, Piece, Slot, layout, pieces
 from .guard import guard
 from .reduction import Exact, Reduction
 from .segments import whole_states
@@ -76,6 +76,7 @@ class ShardedState:
         self._device = device
         self.pool = pool
         self._reduction = reduction or Exact()
+        self._owned_runs: list[torch.Tensor] | None = None
         self.uses: dict[tuple[int, int], Accumulator] = {}
         """(unit, id(parameter)) -> its accumulator."""
         self.params: dict[str, LocalParam] = {}
@@ -96,14 +97,18 @@ class ShardedState:
     # -- building --------------------------------------------------------------------------------
 
     def _entries(self) -> list[Entry]:
-        entries, rules = [], list[Rule]()
+        entries, rules, treatments = [], list[Rule](), list[Treatment]()
         for name, p in self.params.items():
-            rule = self._treatments[name].rule
+            treatment = self._treatments[name]
+            rule = treatment.rule
             if rule not in rules:
                 rules.append(rule)
+            if treatment not in treatments:
+                treatments.append(treatment)
             dtype = str(p.param.dtype).removeprefix("torch.")
             shape, tie = tuple(p.param.shape), p.tie is not None
-            entries.append(Entry(name, p.unit, shape, dtype, tie, rules.index(rule), rule.reach is None))
+            number = treatments.index(treatment)
+            entries.append(Entry(name, p.unit, shape, dtype, tie, rules.index(rule), rule.reach is None, number))
         return entries
 
     def _allocate(self, bucket: Bucket, params: Sequence[LocalParam]) -> BucketState:
@@ -304,18 +309,33 @@ class ShardedState:
     def owned_gradients(self) -> list[tuple[str, torch.Tensor]]:
         """The gradients this rank contributes to the global norm, by name and flat: its dp shard of every
         parameter it is the first holder of (over tp for replicated, over pp for tied parameters)."""
-        out: list[tuple[str, torch.Tensor]] = []
+        return [
+            (piece.slot.name, state.grad_shard[piece.start - state.shard.start : piece.stop - state.shard.start])
+            for state, piece in self._owned_pieces()
+        ]
+
+    def owned_runs(self) -> list[torch.Tensor]:
+        """The same gradients as few tensors: neighbours without padding between them are one."""
+        if self._owned_runs is None:
+            runs: list[tuple[BucketState, int, int]] = []
+            for state, piece in self._owned_pieces():
+                if runs and runs[-1][0] is state and runs[-1][2] == piece.start:
+                    runs[-1] = (state, runs[-1][1], piece.stop)
+                else:
+                    runs.append((state, piece.start, piece.stop))
+            self._owned_runs = [s.grad_shard[lo - s.shard.start : hi - s.shard.start] for s, lo, hi in runs]
+        return self._owned_runs
+
+    def _owned_pieces(self) -> Iterator[tuple[BucketState, Piece]]:
         if self._replicas.rank > 0:
-            return out
+            return
         for state in self.buckets:
             for piece in pieces(state.bucket, self._dp.rank, self._dp.size):
                 p = self.params[piece.slot.name]
                 replicated = p.spec.dim is None
                 elsewhere = p.tie is not None and p.tie.coords[0] != self._coord
                 if not elsewhere and not (replicated and self._tp.rank > 0):
-                    start = state.shard.start
-                    out.append((piece.slot.name, state.grad_shard[piece.start - start : piece.stop - start]))
-        return out
+                    yield state, piece
 
     def whole(self, kind: str) -> dict[str, torch.Tensor]:
         """Local (tp shard) tensors by name, whole over dp: ``params``, ``master`` or a state of the optimizer."""

@@ -70,7 +70,7 @@ class Totals:
     def _norm_and_clip(self, action: Action, step: StepState) -> None:
         self._state.wait_reduced()
         norm, pool = self._clip.norm, self._state.pool
-        parts = [norm.part(grad, pool) for _, grad in self._state.owned_gradients()]
+        parts = [norm.part(grad, pool) for grad in self._state.owned_runs()]
         scaled = norm.finish(self._agree(step, parts))
         step.scale = self.scaling.scale
         step.grad_norm = scaled / step.scale
