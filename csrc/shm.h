@@ -48,6 +48,7 @@ struct ShmOp {
     uint64_t seq = 0;
     int64_t arrived = 0;           // ranks below it are known to have posted
     uint64_t first = 0, steps = 0;  // steps of the lane that are this operation's
+    int64_t block = 0;              // bytes of a block in a step: the largest, or a few steps would not overlap
     uint64_t staged = 0, reduced = 0, fetched = 0;
     std::vector<ShmHeaderBytes> said;  // after a mismatch: the headers, by rank (of a transfer: peer's alone)
 
@@ -132,8 +133,8 @@ class ShmEngine {
 public:
     enum Waited : int { timeout = 0, over = 1, ended = 2 };
 
-    // fd: a segment of bells_bytes(ranks). pids: of the processes, by doorbell. spin: microseconds a waiter
-    // may spin before it sleeps; 0 where processes share cores.
+    // fd: a segment of bells_bytes(ranks). pids: of the processes, by doorbell. spin: seconds a waiter
+    // may spin before it offers its core at every look; 0 where processes share cores.
     ShmEngine(int fd, int rank, const std::vector<int>& pids, double spin);
     ~ShmEngine();
     ShmEngine(const ShmEngine&) = delete;

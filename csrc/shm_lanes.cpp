@@ -9,6 +9,14 @@ namespace {
 
 constexpr uint64_t kDepth = static_cast<uint64_t>(kShmDepth);
 
+constexpr int64_t kLeastBlock = 16 << 10;
+
+// A block for n bytes: at least four steps, so that the ends work at the same time, if that leaves enough for each.
+int64_t block_for(int64_t n, int64_t most) {
+    const int64_t quarter = (n / 4 + 63) / 64 * 64;
+    return std::min(most, std::max(quarter, kLeastBlock));
+}
+
 uint64_t pieces(int64_t n, int64_t each) { return static_cast<uint64_t>((n + each - 1) / each); }
 
 void publish(const ShmRow& row, const ShmOp& op, const char* payload, int64_t bytes) {
@@ -136,13 +144,11 @@ void ShmCollectiveLane::small(ShmOp& op) {
 }
 
 void ShmCollectiveLane::begin(ShmOp& op) {
-    const int64_t size = op.bytes(), block = view_.layout.block_bytes;
-    switch (op.verb) {
-        case ShmVerb::all_reduce:
-        case ShmVerb::reduce_scatter: op.steps = pieces(part(op, -1, op.first).bytes, block); break;
-        case ShmVerb::all_to_all: op.steps = pieces(size / ranks(), block); break;
-        default: op.steps = pieces(size, view_.layout.stage_bytes()); break;
-    }
+    const bool reduces = op.verb == ShmVerb::all_reduce || op.verb == ShmVerb::reduce_scatter;
+    const bool wide = op.verb == ShmVerb::all_gather || op.verb == ShmVerb::broadcast;
+    const int64_t share = reduces ? part(op, -1, op.first).bytes : (op.bytes() + ranks() - 1) / ranks();
+    op.block = block_for(share, view_.layout.block_bytes);
+    op.steps = wide ? pieces(op.bytes(), ranks() * op.block) : pieces(share, op.block);
 }
 
 // Chunks of whole cache lines for an all_reduce, whose cut is free; owner -1 asks for the length of the longest.
@@ -152,18 +158,18 @@ ShmCollectiveLane::Piece ShmCollectiveLane::part(const ShmOp& op, int64_t owner,
     if (op.verb == ShmVerb::all_reduce) chunk = ((op.elements + ranks() - 1) / ranks() + line - 1) / line * line;
     if (owner < 0) return {0, chunk * item};
     const int64_t end = std::min((owner + 1) * chunk, op.elements) * item;
-    const int64_t at = std::min(owner * chunk * item + static_cast<int64_t>(t - op.first) * view_.layout.block_bytes, end);
-    return {at, std::min(view_.layout.block_bytes, end - at)};
+    const int64_t at = std::min(owner * chunk * item + static_cast<int64_t>(t - op.first) * op.block, end);
+    return {at, std::min(op.block, end - at)};
 }
 
 ShmCollectiveLane::Piece ShmCollectiveLane::wide(int64_t total, const ShmOp& op, uint64_t t) const {
-    const int64_t at = static_cast<int64_t>(t - op.first) * view_.layout.stage_bytes();
-    return {at, std::min(view_.layout.stage_bytes(), total - at)};
+    const int64_t width = ranks() * op.block, at = static_cast<int64_t>(t - op.first) * width;
+    return {at, std::min(width, total - at)};
 }
 
 ShmCollectiveLane::Piece ShmCollectiveLane::chunk(const ShmOp& op, uint64_t t) const {
-    const int64_t at = static_cast<int64_t>(t - op.first) * view_.layout.block_bytes;
-    return {at, std::min(view_.layout.block_bytes, op.bytes() / ranks() - at)};
+    const int64_t at = static_cast<int64_t>(t - op.first) * op.block;
+    return {at, std::min(op.block, op.bytes() / ranks() - at)};
 }
 
 void ShmCollectiveLane::stage(const ShmOp& op, uint64_t t) {
@@ -314,7 +320,10 @@ void ShmPairLane::small(ShmOp& op) {
     if (!sending_) shm_copy(op.out, theirs(op.seq).payload(), op.bytes());
 }
 
-void ShmPairLane::begin(ShmOp& op) { op.steps = pieces(op.bytes(), pair_.layout.ring_bytes); }
+void ShmPairLane::begin(ShmOp& op) {
+    op.block = block_for(op.bytes(), pair_.layout.ring_bytes);
+    op.steps = pieces(op.bytes(), op.block);
+}
 
 bool ShmPairLane::may_step(const ShmOp& op) const {
     const ShmPairCounts& counts = pair_.counts();
@@ -327,8 +336,8 @@ bool ShmPairLane::step(ShmOp& op) {
     if (!may_step(op)) return false;
     ShmPairCounts& counts = pair_.counts();
     const uint64_t t = op.fetched++;
-    const int64_t ring = pair_.layout.ring_bytes, at = static_cast<int64_t>(t - op.first) * ring;
-    const int64_t n = std::min(ring, op.bytes() - at);
+    const int64_t at = static_cast<int64_t>(t - op.first) * op.block;
+    const int64_t n = std::min(op.block, op.bytes() - at);
     if (sending_) {
         shm_copy(pair_.block(t), op.in + at, n);
         counts.staged.set(t + 1);

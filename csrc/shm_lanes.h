@@ -66,7 +66,7 @@ private:
     bool check_;
 };
 
-// dst = src; nothing for no bytes. Large pieces that nobody reads soon do not displace what is in the caches.
+// dst = src; nothing for no bytes. (Writing large results past the caches was tried: no gain.)
 void shm_copy(char* dst, const char* src, int64_t n);
 
 }  // namespace triloom

@@ -122,18 +122,68 @@ def test_options_must_agree(world: World) -> None:
             pass
 
 
+INSIDE = "messages between hosts, shared memory inside"
+MAPS = {4: ((0, 0, 1, 1), (7, 2, 2, 7)), 6: ((0, 0, 1, 1, 2, 2), (0, 0, 0, 1, 1, 1), (0, 1, 0, 1, 0, 1))}
+
+
 @pytest.mark.ranks(4)
-def test_hosts(world: World) -> None:
-    """A forced map: a group over both hosts sends messages, a split inside one does not."""
+@pytest.mark.parametrize("which", range(2))
+def test_hierarchical_equals_flat(world: World, which: int) -> None:
+    """Forced host maps: blocks of ranks, and ranks that come back to a host; every collective, several at a time."""
+    hierarchical_equals_flat(world, MAPS[4][which])
+
+
+@pytest.mark.full
+@pytest.mark.ranks(6)
+@pytest.mark.parametrize("which", range(3))
+def test_hierarchical_equals_flat_on_many(world: World, which: int) -> None:
+    hierarchical_equals_flat(world, MAPS[6][which])
+
+
+def hierarchical_equals_flat(world: World, hosts: tuple[int, ...]) -> None:
+    with another(world, SharedMemory(hosts=hosts)) as group, another(world, None) as flat:
+        assert group.transport == INSIDE and flat.transport == "messages"
+        for dtype in DTYPES:
+            for numel in (40_001, 9000):
+                mine = draw(world.rank, dtype, numel * group.size)
+                got: dict[WiredGroup, list[torch.Tensor]] = {}
+                for of in (group, flat):
+                    x, y, part = mine.clone(), mine.clone(), torch.empty(numel, dtype=dtype)
+                    whole, other = torch.empty_like(mine), torch.empty_like(mine)
+                    works = [of.all_reduce(x), of.reduce_scatter(part, mine), of.broadcast(y, 1)]
+                    works += [of.all_gather(whole, mine[:numel]), of.all_to_all(other, mine)]
+                    for work in reversed(works):
+                        work.wait()
+                    got[of] = [x, y, part, whole, other]
+                for a, b in zip(got[group], got[flat], strict=True):
+                    same(a, b)
+
+
+@pytest.mark.ranks(4)
+def test_groups_over_hosts(world: World) -> None:
+    """The cases on a group over two hosts, and what its splits use."""
     with another(world, SharedMemory(hosts=(0, 0, 7, 7))) as group:
-        assert group.transport.startswith("messages")
+        for operation in cases.OPERATIONS.values():
+            operation(group, torch.float32, 40_003)
+        for case in ("outstanding_in_reverse", "two_groups_interleaved"):
+            cases.SEVERAL[case](group)
+        for case in cases.DISAGREEMENTS:
+            cases.disagreement(group, case)
         inside, across = group.split([[0, 1], [2, 3]], "inside"), group.split([[0, 2], [1, 3]], "across")
         assert isinstance(across, WiredGroup) and across._local is None
-        for of in (segment(inside), across, group):
+        assert across.transport == "messages (its ranks are on several hosts)"
+        for of in (segment(inside), across):
             cases.all_reduce(of, torch.float32, 40_001)
             cases.all_reduce(of, torch.bfloat16, 9)
         inside.close()
         across.close()
+
+
+@pytest.mark.ranks(3)
+def test_hosts_of_different_size(world: World) -> None:
+    with another(world, SharedMemory(hosts=(0, 0, 1))) as group:
+        assert group.transport == "messages (its ranks are on several hosts)"
+        cases.all_reduce(group, torch.float32, 40_001)
 
 
 @pytest.mark.ranks(2)

@@ -16,6 +16,8 @@ from ..errors import DeadlineError, GroupError, MismatchError
 from ..native import DTYPE_CODES, REDUCE_CODES
 from .base import Work
 from .fingerprint import HEADER_BYTES, OPS, Call, describe, describe_header, mismatch_text, pack, rank_list
+from .hierarchy import Hierarchy
+from .objects import gather_objects
 from .progress import Job, Steps
 from .shared_host import Host, SharedMemory, find_host
 from .staging import GpuStage
@@ -50,10 +52,37 @@ def connect(group: WiredGroup, options: SharedMemory | None) -> None:
     channel, reason = group._host.channel(group)
     if channel is None:
         group.transport = f"messages ({reason})"
+        group._tree = connect_hosts(group, group._host)
+        if group._tree is not None:
+            group.transport = "messages between hosts, shared memory inside"
     else:
         group._local = SharedLanes(group, group._host, channel)
         group.transport = "shared memory"
     group._seq = 0  # what was said so far was not the program's
+
+
+def connect_hosts(group: WiredGroup, host: Host) -> Hierarchy | None:
+    """For a group with equally many ranks, at least two, on each of several hosts. Collective over the group."""
+    from .wired import WiredGroup
+
+    by_place: dict[int, list[int]] = {}
+    for r, member in enumerate(group.members):
+        by_place.setdefault(host.places[member], []).append(r)
+    hosts = list(by_place.values())
+    if len(hosts) < 2 or {len(ranks) for ranks in hosts} != {len(hosts[0])} or len(hosts[0]) < 2:
+        return None
+    here = next(i for i, ranks in enumerate(hosts) if group.rank in ranks)
+    with group._shared.progress.lock:  # everyone has agreed to be here
+        wire = group._wire.split(here, group.rank)
+    assert wire is not None
+    inside = WiredGroup(
+        wire, name=f"{group.name} on host {here}", deadline=group.deadline, check=group._check, progress_thread=False,
+        _parent=group, _members=[group.members[r] for r in hosts[here]],
+    )  # fmt: skip
+    if not all(gather_objects(group, inside._local is not None)) or inside._local is None:
+        inside.close()
+        return None
+    return Hierarchy(hosts, group.rank, inside._local)
 
 
 class SharedLanes:
@@ -79,6 +108,14 @@ class SharedLanes:
         op = self._op(work, output, input, call.op in ("all_reduce", "broadcast"))
         self.channel.collective(op)
         return self._started(work)
+
+    def start(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Polled:
+        """A collective of host tensors as a step of another operation, which keeps them: a request to be polled."""
+        work = SharedWork(self, call, self._seq, -1, False)
+        self._seq += 1
+        op = self._op(work, output, input, call.op in ("all_reduce", "broadcast"))
+        self.channel.collective(op)
+        return Polled(self.engine, op)
 
     def transfer(self, call: Call, tensor: torch.Tensor, peer: int, sending: bool) -> Work:
         """A send or a receive; see CheckedGroup."""
@@ -190,7 +227,7 @@ class SharedWork(Work):
         group = self.lanes.group
         yield [(stage, group.rank)]
         self.lanes.engine.release(self.op)
-        yield [(_Polled(self.lanes.engine, self.op), group.rank)]
+        yield [(Polled(self.lanes.engine, self.op), group.rank)]
         if self.op.state != _MISMATCH:
             stage.copy_back()
         stage.release()
@@ -284,7 +321,7 @@ class SharedWork(Work):
         return DeadlineError(text)
 
 
-class _Polled:
+class Polled:
     """An operation as a request of the progress loop."""
 
     def __init__(self, engine: _C.ShmEngine, op: _C.ShmOp) -> None:

@@ -33,7 +33,7 @@ class SharedMemory:
     """
 
     hosts: tuple[int, ...] | None = None
-    limit_bytes: int = 64 << 20
+    limit_bytes: int = 256 << 20
 
 
 class Host:
@@ -48,7 +48,7 @@ class Host:
         """Ranks of this host, in order; the index here is a rank's doorbell."""
         own = self.ranks.index(group.rank)
         mine = [pids[r] for r in self.ranks]
-        spin = 50e-6 if len(self.ranks) <= len(os.sched_getaffinity(0)) else 0.0
+        spin = 3e-6 if len(self.ranks) <= len(os.sched_getaffinity(0)) else 0.0
 
         def engine(fd: int) -> _C.ShmEngine:
             return _C.ShmEngine(fd, own, mine, spin)

@@ -23,9 +23,9 @@ class Sizes:
 
 
 MEASURED: dict[int, Sizes] = {
-    2: Sizes(8 << 10, 128 << 10, 128 << 10),
-    4: Sizes(8 << 10, 64 << 10, 128 << 10),
-    8: Sizes(4 << 10, 32 << 10, 64 << 10),
+    2: Sizes(8 << 10, 256 << 10, 256 << 10),
+    4: Sizes(8 << 10, 128 << 10, 256 << 10),
+    8: Sizes(4 << 10, 64 << 10, 128 << 10),
 }
 """By number of ranks; a number between two rows takes the row above it. 2 and 4 measured by ``bench comm``."""
 MANY = Sizes(2 << 10, 16 << 10, 16 << 10)

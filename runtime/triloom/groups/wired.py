@@ -26,6 +26,7 @@ from ..errors import DeadlineError, GroupError, MismatchError
 from .base import Group, Work
 from .checked import CheckedGroup
 from .fingerprint import HEADER_BYTES, Call, describe, describe_header, group_id, mismatch_text, pack, rank_list
+from .hierarchy import Hierarchy
 from .moves import LARGE, SMALL, Move
 from .progress import Job, Pending, Progress, Steps
 from .shared import SharedLanes, SharedWork, connect
@@ -88,6 +89,7 @@ class WiredGroup(CheckedGroup):
         self._closed = False
         self._host: Host | None = _parent._host if _parent else None
         self._local: SharedLanes | None = None
+        self._tree: Hierarchy | None = None
         self.transport = ""
         connect(self, shared if _parent is None else None)
 
@@ -167,12 +169,14 @@ class WiredGroup(CheckedGroup):
         small = nbytes <= self._wire.inline_bytes
         sends: Pending = []
         slot = None
+        turn = -1 if self._tree is None else self._tree.turns.take()
         if small or self._check:
             slot = self._slots.pop() if self._slots else Slot(self._wire)
             carries = small and call.root in (-1, self.rank)  # of a broadcast, only the root's
             sends = slot.post(header, 0 if input is None else input.data_ptr(), nbytes if carries else 0)
             yield slot.receives.copy()
             if self._check and not self._agreed(work, slot, header):
+                self._end_turn(turn)
                 yield sends
                 self._slots.append(slot)
                 return
@@ -184,11 +188,16 @@ class WiredGroup(CheckedGroup):
                 work.phase = "data"
                 if work.stage is not None:
                     yield [(work.stage, self.rank)]
-                yield from LARGE[call.op](move)
+                yield from LARGE[call.op](move) if self._tree is None else self._tree.steps(move, turn)
+        self._end_turn(turn)
         work.finish()
         yield sends
         if slot is not None:
             self._slots.append(slot)
+
+    def _end_turn(self, turn: int) -> None:
+        if self._tree is not None:
+            self._tree.turns.end(turn)
 
     def _agreed(self, work: WiredWork, slot: Slot, header: bytes) -> bool:
         """Compare every rank's header with the own one; a difference ends the work with MismatchError."""
@@ -288,6 +297,8 @@ class WiredGroup(CheckedGroup):
         self._closed = True
         if self._local is not None:
             self._local.close()
+        if self._tree is not None:
+            self._tree.lanes.group.close()
         progress = self._shared.progress
         if self._owner:
             progress.stop()
