@@ -35,7 +35,7 @@ PATIENCE = (1.0, 0.5, 0.0)
 """Parts of a W that a wait must hold before it is used for one."""
 SPEEDS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 """Times a stage's own time until the next stage's turn in a building block."""
-EFFORT = 2_000_000
+EFFORT = 1_500_000
 """Actions woven before the search ends: a second or two on one core."""
 ROUNDING = 1e-9
 
@@ -156,14 +156,20 @@ class _Search:
         self.cost = (3 if loom.split else 2) * loom.stages * loom.m
 
     def start(self, programs: Sequence[Program]) -> None:
-        """Orders of the named schedules, then of the warm-ups."""
+        """Orders of the named schedules, then of the warm-ups and blocks as long as the effort lasts."""
         for program in programs:
             self._try(self.loom.orders_of(program), PATIENCE)
+        for orders in self._families():
+            if self.effort <= 0:
+                return
+            self._try(orders, PATIENCE[:2])
+
+    def _families(self) -> Iterator[list[Order]]:
         if self.loom.stages == self.loom.ranks:
             for warm in _warmups(self.loom):
-                self._try(_one_f_one_b(self.loom.m, warm), PATIENCE[:2])
+                yield _one_f_one_b(self.loom.m, warm)
         for down, up in product(SPEEDS, repeat=2):
-            self._try(_repeated(self.loom, down, up), PATIENCE[:1])
+            yield _repeated(self.loom, down, up)
 
     def improve(self, draw: random.Random) -> None:
         """Small changes as long as the effort lasts, each kept if it is not worse."""
