@@ -232,6 +232,7 @@ def _world(name: str, connection: Connection, env: Mapping[str, str], wishes: Wi
 def choose_threads(threads: int | None, cores: Sequence[frozenset[str]], place: int, env: Mapping[str, str]) -> int:
     """``threads`` if given, else OMP_NUM_THREADS if it is set, else this rank's share of the cores.
 
+    torchrun sets it to 1 for several ranks: pass ``threads`` there, or set it yourself.
     cores: of the ranks of this host. place: this rank among them.
     """
     if threads is None and env.get("OMP_NUM_THREADS", "").isdigit():
