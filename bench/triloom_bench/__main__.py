@@ -38,6 +38,7 @@ BENCHES: dict[str, Bench] = {
     "zero": Bench("ZeRO-1 on dp=2 against DeepSpeed", (step("zero"),)),
     "memory": Bench("peak memory of every rank, each contender alone", memory()),
     "adamw": Bench("the optimizer's update against torch's fused AdamW", (Launch(1, "adamw", structured=False),)),
+    "comm": Bench("every collective and transfer, 8 B to 64 MiB, against MPI and gloo", (Launch(2, "comm"),)),
     "group_latency": Bench(
         "operations of the MPI group: latency, bandwidth, overlap", (Launch(2, "group_latency", structured=False),)
     ),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import __version__
+from .commands.bench import run_bench
 from .commands.doctor import run_doctor
 from .commands.schedule import run_schedule
 from .commands.timeline import run_timeline
@@ -22,6 +23,7 @@ triloom trains one model on many ranks: tensor, pipeline and data parallelism un
   triloom timeline RUN            draw a measured step under its simulation; see triloom timeline --help
   triloom doctor [FOLDER]         what this machine offers and lacks; under mpirun, how the ranks talk
   triloom demo [--dir FOLDER]     train a small transformer on 4 ranks in two ways, and compare (2 minutes)
+  triloom bench [NAME ...]        measure against peers, e.g. bench comm; see triloom bench --help
   triloom --version               print the version
 """
 
@@ -205,6 +207,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "timeline": run_timeline,
     "doctor": run_doctor,
     "demo": run_demo,
+    "bench": run_bench,
 }
 
 if __name__ == "__main__":
