@@ -15,6 +15,15 @@ from triloom.groups.nccl_group import NCCLGroup, NCCLWork
 from triloom.groups.nccl_sequence import RECENT, agree_program
 from triloom.groups.threads import run_threads
 
+
+def given_up(group: NCCLGroup) -> None:
+    """Wait until the watchdog has ended the group."""
+    end = time.monotonic() + 20
+    while not group.row().given_up:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 # -- ranks that do not come --------------------------------------------------------------------------
 
 
@@ -27,7 +36,7 @@ def test_the_groups_own_deadline(fake: Fake) -> None:
         if group.rank != 2:
             work = group.reduce_scatter(torch.empty(2), torch.ones(6))
             assert isinstance(work, NCCLWork)
-            time.sleep(0.6)
+            given_up(group)
             with pytest.raises(DeadlineError) as caught:
                 work.synchronize()
             for word in (
@@ -36,7 +45,7 @@ def test_the_groups_own_deadline(fake: Fake) -> None:
             ):
                 assert word in str(caught.value)
         else:
-            time.sleep(0.6)
+            given_up(group)
         with pytest.raises(GroupError, match="an earlier operation failed|gave up the group"):
             group.barrier()
         with pytest.raises(GroupError, match="earlier operation failed"):
@@ -69,11 +78,12 @@ def test_the_other_ranks_hear_of_it(fake: Fake) -> None:
         begin = time.monotonic()
         if group.rank == 2:
             assert heard.wait(20)
+            given_up(group)
             with pytest.raises(GroupError, match="earlier operation failed: .*gave up the group waiting for rank 2"):
                 group.all_reduce(torch.ones(2))
         else:
             with pytest.raises(DeadlineError, match="rank 2 had not arrived"):
-                group.all_reduce(torch.ones(2)).wait(0.1 if group.rank == 0 else None)
+                group.all_reduce(torch.ones(2)).wait(0.4 if group.rank == 0 else None)
             assert time.monotonic() - begin < 10
             if group.rank == 1:
                 heard.set()
@@ -83,16 +93,18 @@ def test_the_other_ranks_hear_of_it(fake: Fake) -> None:
 
 def test_a_rank_whose_watchdog_is_silent_is_named(fake: Fake) -> None:
     """A frozen or dead process says nothing at all."""
-    over = threading.Event()
+    silent, over = threading.Event(), threading.Event()
 
     def body(group: NCCLGroup) -> None:
         group.control.barrier().wait()
         if group.rank == 1:
             group.watchdog.stop()  # as if the process had stopped; it waits in no operation either
+            silent.set()
             assert over.wait(20)
         else:
+            assert silent.wait(20)
             with pytest.raises(DeadlineError, match=r"all_reduce float32\[2\] sum #0.*world-watchdog.*rank 1"):
-                group.all_reduce(torch.ones(2)).wait(0.7)
+                group.all_reduce(torch.ones(2)).wait(0.1)
             over.set()
 
     fake.run(2, body)
@@ -134,7 +146,7 @@ def test_an_asynchronous_error(fake: Fake) -> None:
         group.all_reduce(torch.ones(2)).wait()
         group.control.barrier().wait()
         fake.break_comm(group.comm._slot.value, 6)
-        time.sleep(0.3)
+        given_up(group)
         with pytest.raises(GroupError, match="earlier operation failed: .*(result 6, scripted error|gave up)"):
             group.all_reduce(torch.ones(2))
 
@@ -145,7 +157,7 @@ def test_an_asynchronous_error(fake: Fake) -> None:
 def test_a_state_that_nccl_cannot_tell(fake: Fake) -> None:
     def body(group: NCCLGroup) -> None:
         fake.script("ncclCommGetAsyncError", 3)
-        time.sleep(0.3)
+        given_up(group)
         with pytest.raises(GroupError, match="at nothing under way: ncclCommGetAsyncError failed: result 3"):
             group.all_reduce(torch.ones(2))
 

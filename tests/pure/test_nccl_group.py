@@ -211,7 +211,8 @@ def test_capture(fake: Fake) -> None:
         streams, x = streams_of(group), torch.ones(3)
         early = group.all_reduce(x)
         group.control.barrier().wait()
-        time.sleep(0.15)  # the watchdog has seen it end
+        while group._outstanding:  # until the watchdog has seen it end
+            time.sleep(0.01)
         streams.capture = True
         with pytest.raises(GroupError, match="all_reduce.*#0.*was issued before this capture began"):
             early.wait()

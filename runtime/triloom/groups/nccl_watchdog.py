@@ -25,6 +25,10 @@ ROWS = 128
 
 _LEAVING = 3
 """Beats in which the others have surely heard what this rank said last."""
+_SILENT = 2
+"""Beats without an answer after which a rank counts as silent."""
+_PATIENCE = 1.5
+"""Seconds that neither is shorter than: a host may be busy."""
 
 
 class Row(NamedTuple):
@@ -155,7 +159,7 @@ class Watchdog:
         """End the thread. The ranks leave together; one that does not come is not waited for beyond three beats."""
         self._stopping.set()
         if self._thread.is_alive():
-            self._thread.join(_LEAVING * self._beat + 1.0)
+            self._thread.join(self._seconds(_LEAVING) + 1.0)
         if self.board is not None:
             self.board.control.close()
 
@@ -170,13 +174,16 @@ class Watchdog:
             stopping = self._stopping.wait(self._tick)
             if stopping:
                 time.sleep(min(self._tick, 1e-3))
-                give_up_leaving = min(give_up_leaving, time.monotonic() + _LEAVING * self._beat)
+                give_up_leaving = min(give_up_leaving, time.monotonic() + self._seconds(_LEAVING))
             self._exchange(stopping)
             for lane in self.lanes():
                 self._look(lane)
             alone = self.board is None or bool(self._mute)
             if stopping and (alone or self._left() or time.monotonic() > give_up_leaving):
                 return
+
+    def _seconds(self, beats: int) -> float:
+        return max(_PATIENCE, beats * self._beat)
 
     def _left(self) -> bool:
         return self.board is not None and self.board.everybody_leaves
@@ -197,7 +204,7 @@ class Watchdog:
             self._mute = str(error)
 
     def _look(self, lane: Lane) -> None:
-        """Give up an overdue lane once the board has been heard since, or does not answer for two beats."""
+        """Give up an overdue lane once the board has been heard since, or does not answer."""
         now = time.monotonic()
         if not lane.overdue(now):
             self._late.pop(id(lane), None)
@@ -205,7 +212,7 @@ class Watchdog:
         since = self._late.setdefault(id(lane), now)
         if self.board is None or self._mute or self.board.heard > since:
             self._end(lane, self._mute)
-        elif now - since > 2 * self._beat:
+        elif now - since > self._seconds(_SILENT):
             self._mute = self.board.silent() or "the other ranks' watchdogs do not answer"
             self._end(lane, self._mute)
 
