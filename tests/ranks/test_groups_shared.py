@@ -203,6 +203,63 @@ def test_progress_without_waiting(world: World) -> None:
     work.wait()
 
 
+class LateStage:
+    """Stands for the pinned copy of a GPU tensor, complete a while after issue."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.ready_at = time.monotonic() + 0.05
+        self.tensor = tensor
+        self.calls: list[str] = []
+
+    def Test(self) -> bool:
+        if time.monotonic() < self.ready_at:
+            return False
+        if not self.calls:
+            self.calls.append("ready")
+            self.tensor.fill_(3.0)  # only now is the input there
+        return True
+
+    def copy_back(self) -> None:
+        self.calls.append("copy_back")
+
+    def release(self) -> None:
+        self.calls.append("release")
+
+    def arrived(self) -> bool:
+        return True
+
+    def order(self) -> None:
+        self.calls.append("order")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("numel", [3, 200_000])
+def test_input_that_is_still_on_its_way(world: World, monkeypatch: pytest.MonkeyPatch, numel: int) -> None:
+    """As of a GPU tensor: issued at once, moved when it is there, driven by the progress thread, then copied back."""
+    group = segment(world.group)
+    x = torch.full((numel,), 4.0 if world.rank else -1.0)
+    if world.rank == 0:
+        stage, flat = LateStage(x), group._flat
+
+        def staged(work: SharedWork, *rest: object) -> object:
+            work.stage = stage  # type: ignore[assignment]
+            return flat(work, *rest)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(group, "_flat", staged)
+        begin = time.monotonic()
+        work = group.all_reduce(x)
+        assert time.monotonic() - begin < 0.04
+        monkeypatch.undo()
+        end = time.monotonic() + 20
+        while "release" not in stage.calls and time.monotonic() < end:
+            time.sleep(0.001)  # nobody waits
+        work.wait()
+        assert stage.calls == ["ready", "copy_back", "release", "order"]
+    else:
+        group.all_reduce(x).wait()
+    assert x.eq(7.0).all()
+
+
 @pytest.mark.ranks(2)
 def test_idle_threads_take_no_core(world: World) -> None:
     """While an operation waits for a rank that sleeps, its process does not burn a core."""
