@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from parity_cases import MODELS, Case, batch, compare, train
 from triloom.engine import Engine
 from triloom.errors import MeshError
