@@ -9,7 +9,7 @@ namespace {
 
 constexpr uint64_t kDepth = static_cast<uint64_t>(kShmDepth);
 
-constexpr int64_t kLeastBlock = 16 << 10;
+constexpr int64_t kLeastBlock = 32 << 10;
 
 // A block for n bytes: at least four steps, so that the ends work at the same time, if that leaves enough for each.
 int64_t block_for(int64_t n, int64_t most) {
