@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .config import to_toml
+from .foreseen import table
 from .grid import grid
 from .parallel.partition import partition
 from .plan import Plan
 from .program_file import check, has_state, with_transfers
-from .train import Job
+from .train import Job, make_optimizer
 
 
 def describe(job: Job) -> str:
@@ -35,6 +36,8 @@ def _plan_lines(job: Job) -> Iterator[str]:
     names = [*job.model.units, "loss"]
     for stage, run in enumerate(partition(len(names), len(plan.order.stages))):
         yield f"stage {stage}: {' '.join(names[u] for u in run)}"
+    yield ""
+    yield from table(plan, make_optimizer(config))
     yield ""
     if has_state(plan.order):
         yield f"{plan.order.name}, by pipeline coordinate; it is verified when its units are there:"

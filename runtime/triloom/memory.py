@@ -74,8 +74,8 @@ class Report:
 
     @property
     def shown(self) -> dict[str, int]:
-        """The peaks of the classes that were ever in use."""
-        return {kind: size for kind, size in self.peak.items() if size}
+        """The peaks of the classes that were ever in use, and as ``total`` the highest sum."""
+        return {kind: size for kind, size in self.peak.items() if size} | {"total": self.total}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .actions import Program
 from .config import Config
-from .config.schema import OPTIMIZER_KEYS, OPTIMIZERS, WHOLE_TENSORS, ModelConfig
+from .config.schema import OPTIMIZER_KEYS, OPTIMIZERS, WHOLE_TENSORS, ModelConfig, PlacementConfig
 from .config.show import plain
 from .errors import ConfigError, MeshError
 from .mesh import Mesh, check_divides, make_mesh
@@ -21,6 +21,8 @@ from .placement import NAMED as PLACEMENTS
 from .placement import Placement
 from .program_file import load_program
 from .schedules import NAMED as SCHEDULES
+
+MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +71,23 @@ def make_plan(config: Config, world: int, *, data_vocab: int, sources: Mapping[s
     ]
     if problems:
         raise ConfigError("\n".join(problems))
-    placement = PLACEMENTS[config.placement.name]().with_(bucket_bytes=int(config.placement.bucket_mb * 2**20))
     decoder = decoder_config(config.model, data_vocab)
-    return Plan(config=config, mesh=mesh, placement=placement, decoder=decoder, order=order)
+    return Plan(config=config, mesh=mesh, placement=make_placement(config.placement), decoder=decoder, order=order)
+
+
+def make_placement(p: PlacementConfig) -> Placement:
+    """The placement table of ``[placement]``."""
+    row = PLACEMENTS[p.name]()
+    return row.with_(
+        bucket_bytes=int(p.bucket_mb * MIB),
+        grads=replace(row.grads, dtype=p.grad_dtype),
+        cadence=p.cadence or row.cadence,
+        prefetch=p.prefetch,
+        keep=p.keep,
+        shard_ranks=p.shard_ranks,
+        activations=p.activations,
+        activation_bytes=None if p.activation_mb is None else int(p.activation_mb * MIB),
+    )
 
 
 # ---------------------------------------------------------------- rules across keys
@@ -157,6 +173,20 @@ def _sequence(c: Config) -> str | None:
     return _multiple("seq", c.model.seq, "tp", c.parallel.tp) if c.parallel.sequence else None
 
 
+def _budget(c: Config) -> str | None:
+    if (c.placement.activations == "budget") == (c.placement.activation_mb is not None):
+        return None
+    return "activation_mb is the budget of activations = budget; give both or neither"
+
+
+def _gathers(c: Config) -> str | None:
+    p, unused = c.placement, PlacementConfig()
+    given = [f"placement.{n}" for n in ("prefetch", "keep") if getattr(p, n) != getattr(unused, n)]
+    if PLACEMENTS[p.name]().params.sharded or not given:
+        return None
+    return f"parameters that are whole are not gathered; leave out {' and '.join(given)}, or use zero3"
+
+
 RULES: tuple[tuple[Keys, Callable[[Config], str | None]], ...] = (
     (("model.hidden", "model.heads"), _heads),
     (("model.heads", "model.kv_heads"), _kv_heads),
@@ -167,12 +197,19 @@ RULES: tuple[tuple[Keys, Callable[[Config], str | None]], ...] = (
     (("run.dir", "run.overwrite"), _overwrite),
     (("schedule.kind", "schedule.file"), _one_schedule),
     (("parallel.tp", "parallel.sequence", "model.seq"), _sequence),
+    (("placement.activations", "placement.activation_mb"), _budget),
+    (("placement.name", "placement.prefetch", "placement.keep"), _gathers),
 )
 """The keys a rule is about, and the rule: a sentence if it is broken."""
 
 
 def _share(c: Config, mesh: Mesh, order: Program) -> str | None:
     return _multiple("batch", c.train.batch, "dp", mesh.axis("dp"))
+
+
+def _shard_ranks(c: Config, mesh: Mesh, order: Program) -> str | None:
+    n = c.placement.shard_ranks
+    return None if n is None else _multiple("dp", mesh.axis("dp"), "shard_ranks", n)
 
 
 def _microbatches(c: Config, mesh: Mesh, order: Program) -> str | None:
@@ -220,6 +257,7 @@ def _whole_tensors(c: Config, mesh: Mesh, order: Program) -> str | None:
 
 MESH_RULES: tuple[tuple[Keys, Callable[[Config, Mesh, Program], str | None]], ...] = (
     (("train.batch", "parallel.dp"), _share),
+    (("parallel.dp", "placement.shard_ranks"), _shard_ranks),
     (("train.batch", "parallel.dp", "schedule.microbatches"), _microbatches),
     (("model.heads", "model.kv_heads", "model.ffn", "parallel.tp"), _tp),
     (("model.layers", "parallel.pp", "schedule.kind", "schedule.file"), _stages),

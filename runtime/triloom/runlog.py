@@ -111,7 +111,9 @@ class Result:
     held_out_loss: float | None
     seconds: float
     peak_bytes: tuple[dict[str, int], ...]
-    """Bytes by class of state, for every rank."""
+    """Highest bytes by class of memory, and of all together (``total``), for every rank."""
+    foreseen: str = ""
+    """How near the estimate of the memory came; of rank 0."""
 
 
 class Log(Protocol):
@@ -212,9 +214,11 @@ class RunLog(AbstractContextManager["RunLog"]):
             f"trained {plural(self._plan.config.train.steps, 'step')} in {duration(result.seconds)}: "
             f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}, {speed:,.0f} tokens/s over all"
         )
-        largest = max(result.peak_bytes, key=lambda one: sum(one.values()))
+        largest = max(result.peak_bytes, key=lambda one: one["total"])
         by_class = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in largest.items())
         self._line.say(f"memory of the largest rank, MiB: {by_class}")
+        if result.foreseen:
+            self._line.say(result.foreseen)
         measured = ["timeline.json"] if (self.folder / "timeline.json").exists() else []
         written = ["config.toml", "metrics.jsonl", *measured, *(self._plot() if self._plan.config.run.plot else [])]
         self._line.say(f"{self.folder}: {' '.join(written)}")

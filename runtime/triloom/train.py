@@ -21,6 +21,7 @@ from .config.show import plain
 from .data import Batch, Corpus, Split, Windows, open_corpus, split
 from .engine import Engine
 from .errors import ProgramError
+from .foreseen import compared
 from .groups.objects import gather_objects
 from .models import Model, decoder
 from .optim.configured import make_optimizer as make_optimizer
@@ -165,7 +166,8 @@ class Loop:
         spent = time.perf_counter() - begin
         memory = gather_objects(self._world.group, self._engine.memory().shown)
         self._timing.finish(self._log.folder)
-        result = Result(self._log.folder, losses[0], losses[-1], held_out, spent, tuple(memory))
+        foreseen = "" if self._world.rank else compared(self._plan, self._engine.optimizer, memory, self._world.device)
+        result = Result(self._log.folder, losses[0], losses[-1], held_out, spent, tuple(memory), foreseen)
         self._log.finish(result)
         return result
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 from ..errors import ConfigError
 from ..mesh import DEFAULT_ORDER
+from ..placement import ACTIVATIONS, CADENCES
 from ..placement import NAMED as PLACEMENTS
 from ..schedules import NAMED as SCHEDULES
 from .rules import Rule, above, at_least, between, check, each, kind_of, one_of
@@ -125,7 +126,24 @@ class PlacementConfig(Section):
     """Where the training state lives."""
 
     name: Annotated[str, one_of(PLACEMENTS)] = "zero1"
-    """zero0: everything whole on every dp rank. zero1: optimizer state sharded over dp."""
+    """zero0: everything whole on every dp rank. zero1: optimizer state sharded over dp. zero2: gradients too.
+    zero3: parameters too, which are gathered around their use."""
+    shard_ranks: Annotated[int | None, at_least(1)] = None
+    """Shard inside neighbouring dp ranks of this number and replicate across them; none: over all of dp."""
+    cadence: Annotated[str | None, one_of(CADENCES)] = None
+    """When gradients are reduced over dp: once a step, or after each microbatch; none: step for zero0 and zero1,
+    microbatch for zero2 and zero3."""
+    prefetch: Annotated[int, at_least(0)] = 1
+    """Computes before their use at which the gather of sharded parameters starts."""
+    keep: bool = False
+    """Keep gathered parameters whole from their first use of a step to their last."""
+    grad_dtype: Annotated[str | None, one_of(DTYPES)] = None
+    """Type in which gradients are accumulated and reduced; none: float32, or float64 for float64 models."""
+    activations: Annotated[str, one_of(ACTIVATIONS)] = "keep"
+    """What becomes of tensors saved for the backward. keep: held. selective: the inside of attention is recomputed.
+    recompute: every unit keeps its input only. budget: the cheapest units are recomputed that fit activation_mb."""
+    activation_mb: Annotated[float | None, above(0)] = None
+    """Most MiB of activations on a rank, for activations = budget."""
     bucket_mb: Annotated[float, above(0)] = 16.0
     """MiB of gradient that travel together; at least one parameter."""
 

@@ -143,13 +143,15 @@ class Activations:
         self._note("grad", key, out.carriers())
         self._lives.forward(unit.index, mb, training=self._step.training)
 
-    def receive(self, kind: str, unit: int, mb: int, tensors: Sequence[torch.Tensor]) -> None:
-        """The output of a unit (``act``) or its gradient (``grad``) has come from another rank."""
-        self._note(kind, (unit, self._step.signatures[mb]), tensors)
-        self._lives.receive(kind, unit, mb)
+    def arrive(self, unit: int, mb: int, x: Boundary) -> None:
+        """The output of a unit has come from another rank."""
+        key = (unit, self._step.signatures[mb])
+        self._note("act", key, x.tensors())
+        self._note("grad", key, x.carriers())
+        self._lives.receive("act", unit, mb)
 
     def expect(self, kind: str, unit: int, mb: int) -> None:
-        """Room is made for what another rank will send, if its size is known."""
+        """Room is made for the output of a unit (``act``) or its gradient (``grad``), if its size is known."""
         if (unit, self._step.signatures[mb]) in self.measured:
             self._lives.receive(kind, unit, mb)
 

@@ -186,8 +186,9 @@ class Executor:
         if peer == self._here:
             return state.outs.pop((self._stages[stage - 1][-1], mb))
         tensors = self._wire.take(("act", stage - 1, mb), peer)
-        self.activations.receive("act", self._stages[stage - 1][-1], mb, tensors)
-        return fill(self._metas[stage - 1, state.signatures[mb]], tensors)
+        x = fill(self._metas[stage - 1, state.signatures[mb]], tensors)
+        self.activations.arrive(self._stages[stage - 1][-1], mb, x)
+        return x
 
     def _enter(self, unit: UnitRun, mb: int, state: StepState) -> tuple[Any, ...]:
         """Set the scope for a forward of the unit; returns its further arguments."""
@@ -258,7 +259,6 @@ class Executor:
         if peer == self._here:
             return state.grads.pop((self._stages[stage][-1], mb))
         grads = self._wire.take(("grad", stage + 1, mb), peer)
-        self.activations.receive("grad", self._stages[stage][-1], mb, grads)
         del state.carriers[stage, mb]
         return grads
 

@@ -84,13 +84,15 @@ def _versions(x: Boundary) -> tuple[int, ...]:
 def _statistics_once(unit: nn.Module) -> Iterator[None]:
     """Batch norms normalise as in the first forward but do not move their running statistics again."""
     norms = [m for m in unit.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-    for m in norms:
-        m.track_running_stats = False
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for m, (_, batches) in zip(norms, before, strict=True):
+        m.momentum = 0.0  # new = 1 * old + 0 * batch
+        m.num_batches_tracked = None if batches is None else batches.clone()
     try:
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, (momentum, batches) in zip(norms, before, strict=True):
+            m.momentum, m.num_batches_tracked = momentum, batches
 
 
 def recompute(fn: Callable[..., Any], *args: Any, scope: Scope | None = None, draws: bool = True) -> Any:
