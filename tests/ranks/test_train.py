@@ -21,6 +21,8 @@ KEYS = {
     "loss",
     "grad_norm",
     "lr",
+    "skipped",
+    "loss_scale",
     "tokens",
     "tokens_per_s",
     "step_ms",
