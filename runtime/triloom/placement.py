@@ -14,6 +14,8 @@ from .errors import ConfigError
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 TIERS = ("device",)
 ACTIVATIONS = ("keep", "selective", "recompute", "budget")
+REDUCTIONS = ("exact", "bfloat16", "int8", "topk")
+"""Names of how gradients travel over dp (``parallel.reduction``)."""
 CADENCES = ("step", "microbatch")
 
 

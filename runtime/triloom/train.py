@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -22,13 +23,16 @@ from .data import Batch, Corpus, Split, Windows, open_corpus, split
 from .engine import Engine
 from .errors import ProgramError
 from .foreseen import compared
+from .groups.nccl_world import device_world
 from .groups.objects import gather_objects
 from .models import Model, decoder
 from .optim.configured import make_optimizer as make_optimizer
 from .parallel.executor import Recorder
+from .parallel.reduction import REDUCTIONS
 from .plan import Plan, make_plan
 from .program_file import check, has_state
 from .runlog import Log, Result, check_run_dir, open_log
+from .scaling import dynamic, fixed
 from .spans import spans_on
 from .timing import Timing, make_timing
 from .together import agree_on, together
@@ -122,13 +126,15 @@ def make_engine(job: Job, world: World, record: Recorder | None = None) -> Engin
         job.model.units,
         job.model.loss,
         ties=job.model.ties,
-        world=world.group,
+        world=device_world(world.group, world.device),
         mesh=job.plan.mesh,
         optimizer=make_optimizer(config),
         schedule=lambda ranks, microbatches: job.plan.order,
         microbatches=job.plan.microbatches,
         placement=job.plan.placement,
         clip=config.optim.clip,
+        scaling=(dynamic if config.train.dtype == "float16" else fixed)(max_skips=config.optim.max_skips),
+        reduction=REDUCTIONS[config.placement.reduction](),
         seed=config.train.seed,
         dtype=DTYPES[config.train.dtype],
         device=world.device,
@@ -154,13 +160,15 @@ class Loop:
         begin = time.perf_counter()
         losses: list[float] = []
         held_out: float | None = None
-        for step in range(self._config.train.steps):
+        for batch in itertools.count():  # a skipped step uses up its batch, and is not counted
+            if self._engine.steps == self._config.train.steps:
+                break
             start = time.perf_counter()
-            metrics = self._engine.step(*self._batch(self._data.train, step))
+            metrics = self._engine.step(*self._batch(self._data.train, batch))
             seconds = time.perf_counter() - start
             pipeline = self._timing.step(metrics.step)
             losses.append(metrics.loss)
-            evaluated = self._due(step)
+            evaluated = not metrics.skipped and self._due(metrics.step)
             held_out = self._evaluate() if evaluated else held_out
             self._log.step(metrics, seconds, self._engine.memory().shown, held_out if evaluated else None, pipeline)
         spent = time.perf_counter() - begin

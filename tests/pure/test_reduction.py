@@ -16,6 +16,7 @@ from triloom.models import decoder
 from triloom.optim import AdamW
 from triloom.parallel.reduction import REDUCTIONS, Cast, Exact, Quantized, Reduction, TopK
 from triloom.placement import NAMED
+from triloom.placement import REDUCTIONS as placement_names
 
 N = 256
 
@@ -128,6 +129,10 @@ def test_loss_curves(placement: str) -> None:
     for name, distance in (("bfloat16", 0.02), ("int8", 0.05)):
         assert max(abs(a - b) for a, b in zip(curves[name], exact, strict=True)) < distance, name
     assert curves["topk"][-1] < exact[0] - 0.5
+
+
+def test_every_rule_has_a_name_in_the_configuration() -> None:
+    assert tuple(REDUCTIONS) == placement_names
 
 
 def test_bad_numbers() -> None:

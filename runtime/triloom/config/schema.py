@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 from ..errors import ConfigError
 from ..mesh import DEFAULT_ORDER
-from ..placement import ACTIVATIONS, CADENCES
+from ..placement import ACTIVATIONS, CADENCES, REDUCTIONS
 from ..placement import NAMED as PLACEMENTS
 from ..schedules import NAMED as SCHEDULES
 from .rules import Rule, above, at_least, between, check, each, kind_of, one_of
@@ -139,6 +139,9 @@ class PlacementConfig(Section):
     """Keep gathered parameters whole from their first use of a step to their last."""
     grad_dtype: Annotated[str | None, one_of(DTYPES)] = None
     """Type in which gradients are accumulated and reduced; none: float32, or float64 for float64 models."""
+    reduction: Annotated[str, one_of(REDUCTIONS)] = "exact"
+    """How gradients travel over dp. bfloat16: rounded. int8: in 8 bits, a scale for every 64. topk: the largest 5%, the
+    rest is added in later steps. All but exact change the result."""
     activations: Annotated[str, one_of(ACTIVATIONS)] = "keep"
     """What becomes of tensors saved for the backward. keep: held. selective: the inside of attention is recomputed.
     recompute: every unit keeps its input only. budget: the cheapest units are recomputed that fit activation_mb."""
