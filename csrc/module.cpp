@@ -8,6 +8,7 @@
 
 #include "adamw.h"
 #include "elementwise.h"
+#include "heap.h"
 #include "nccl.h"
 #include "philox.h"
 #include "pool.h"
@@ -209,6 +210,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("sqrt", &py_sqrt, NoGil());
     m.def("sum_squares_partials", &py_partials, NoGil());
     m.def("wide_sum", &py_wide_sum, NoGil());
+    m.def("keep_heap", &keep_heap);
     m.def("reduce_ranks", &py_reduce_ranks, NoGil());
     bind_shm(m);
     bind_optimizers(m);
