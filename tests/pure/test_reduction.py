@@ -14,6 +14,7 @@ from triloom.groups.base import Group
 from triloom.groups.threads import ThreadsGroup, run_threads
 from triloom.models import decoder
 from triloom.optim import AdamW
+from triloom.parallel.bucket import Flat
 from triloom.parallel.reduction import REDUCTIONS, Cast, Exact, Quantized, Reduction, TopK
 from triloom.placement import NAMED
 from triloom.placement import REDUCTIONS as placement_names
@@ -129,6 +130,26 @@ def test_loss_curves(placement: str) -> None:
     for name, distance in (("bfloat16", 0.02), ("int8", 0.05)):
         assert max(abs(a - b) for a, b in zip(curves[name], exact, strict=True)) < distance, name
     assert curves["topk"][-1] < exact[0] - 0.5
+
+
+def test_padding_of_new_memory_reaches_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient buffer that is given memory anew may hold anything between the parameters."""
+    provide = Flat.provide
+
+    def dirty(self: Flat) -> torch.Tensor:
+        if self.whole:
+            return self.tensor
+        return provide(self).fill_(1e30)
+
+    def run(group: Group) -> list[float]:
+        model = decoder(MODELS["llama"])
+        engine = Engine(model.units, model.loss, world=group, reduction=Quantized(), placement=NAMED["zero2"]())
+        mine = [t.tensor_split(group.size)[group.rank] for t in batch(0)]
+        return [engine.step(*mine).loss for _ in range(4)]
+
+    clean = run_threads(2, run)[0]
+    monkeypatch.setattr(Flat, "provide", dirty)
+    assert run_threads(2, run)[0] == clean
 
 
 def test_every_rule_has_a_name_in_the_configuration() -> None:

@@ -364,7 +364,8 @@ def test_nothing_is_kept(world: World) -> None:
     for i in range(3):
         group.split([[0, 1]], f"s{i}").close()
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == files
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= files
 
 
 @pytest.mark.ranks(2)

@@ -51,6 +51,13 @@ class Bucket:
         return self.numel - sum(s.numel for s in self.slots)
 
     @property
+    def gaps(self) -> tuple[slice, ...]:
+        """The padding: behind parameters, and at the end."""
+        starts = [*(s.offset for s in self.slots), self.numel]
+        stops = [0, *(s.stop for s in self.slots)]
+        return tuple(slice(a, b) for a, b in zip(stops, starts, strict=True) if a < b)
+
+    @property
     def units(self) -> tuple[int, ...]:
         return tuple(sorted({s.unit for s in self.slots}))
 

@@ -281,7 +281,9 @@ class ShardedState:
         """Make room for a whole gradient, or post the gather of the parameters."""
         state = self._bucket(action)
         if action.subject.kind == "grads":
-            state.grads.provide()
+            grads = state.grads.provide()
+            for gap in state.bucket.gaps:  # new memory holds anything, and a block of a reduction may reach into it
+                grads[gap].zero_()
         elif self._dp.size > 1:
             state.gather = self._dp.all_gather(state.params.provide(), state.param_shard)
 
