@@ -80,6 +80,12 @@ class Placement:
             )
         if self.activation_bytes is not None and self.activation_bytes < 1:
             raise ConfigError(f"activation_bytes must be positive, got {self.activation_bytes}")
+        for name in ("params", "optimizer"):
+            if getattr(self, name).dtype is not None:
+                raise ConfigError(
+                    f"{name}.dtype = {getattr(self, name).dtype!r} cannot be chosen: parameters have the model's dtype "
+                    "(dtype= of the engine), masters and moments are float32, or float64 for float64 models"
+                )
         if self.cadence not in CADENCES:
             raise ConfigError(f"cadence {self.cadence!r} is not one of {', '.join(CADENCES)}")
         if not isinstance(self.prefetch, int) or self.prefetch < 0:
