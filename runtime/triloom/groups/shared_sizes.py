@@ -27,7 +27,7 @@ MEASURED: dict[int, Sizes] = {
     4: Sizes(8 << 10, 128 << 10, 256 << 10),
     8: Sizes(4 << 10, 64 << 10, 128 << 10),
 }
-"""By number of ranks; a number between two rows takes the row above it. 2 and 4 measured by ``bench comm``."""
+"""By number of ranks; a number between two rows takes the row above it. Only 2 is measured, by ``bench comm``."""
 MANY = Sizes(2 << 10, 16 << 10, 16 << 10)
 
 
