@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from . import schedules
-from .actions import COMPUTE, Action, Program
+from .actions import Action, Program
 from .budget import fit
+from .compiling import prove, state_layout
 from .errors import ConfigError
 from .groups.base import Group
 from .groups.mesh_groups import mesh_groups
@@ -23,12 +23,13 @@ from .groups.objects import agree, gather_objects
 from .groups.solo import Solo
 from .memory import Ledger, Report, largest
 from .mesh import Mesh, make_mesh
+from .microbatches import cut_batch, nbytes, signature, to_device
 from .native import Pool
 from .optim import AdamW, Optimizer
 from .parallel import build
 from .parallel.accounting import enter, feedback_bytes
 from .parallel.build import UnitLike
-from .parallel.cut import Boundary, boundary
+from .parallel.cut import boundary
 from .parallel.executor import Executor, Recorder, StepState, UnitRun
 from .parallel.gather import gather_full
 from .parallel.norms import Clip
@@ -39,15 +40,15 @@ from .parallel.sharded import LocalParam, ShardedState
 from .parallel.totals import Totals
 from .parallel.weight_grads import UnitGrads
 from .parallel.wire import Wire
-from .passes import BucketInfo, StateLayout, add_communication, add_recompute, add_state, recomputed_units
+from .passes import add_communication, add_recompute, add_state, recomputed_units
 from .placement import Placement, zero1
 from .program_file import complete
 from .scaling import Scaling, dynamic, fixed
 from .schedules import Schedule
 from .scope import Scope
-from .shards import ShardSpec, split_even
+from .shards import ShardSpec
 from .together import together
-from .verify import Verdict, inside, state_footprint, verify
+from .verify import Verdict
 
 
 @dataclass(frozen=True)
@@ -224,38 +225,14 @@ class Engine:
 
     def _compile(self, order: Program) -> tuple[Program, Verdict]:
         """Schedule, communication, state; then the proof."""
-        uses: dict[str, set[int]] = {}
-        for p in build.collect(self._named, self.modules, self._ties):
-            uses.setdefault(p.name, set()).add(p.unit)
-        mine = [
-            [
-                sorted({u for s in b.bucket.slots for u in uses[s.name]}),
-                sorted({t.index for s in b.bucket.slots if (t := self.state.params[s.name].tie) is not None}),
-            ]
-            for b in self.state.buckets
-        ]
-        rows = gather_objects(self.groups.axis("pp"), mine)
-        layout = StateLayout(
-            tuple(tuple(run) for run in self._stages),
-            tuple(tuple(BucketInfo(k, tuple(u), tuple(t)) for k, (u, t) in enumerate(row)) for row in rows),
-        )
-        self._layout = layout
+        params = build.collect(self._named, self.modules, self._ties)
+        self._layout = state_layout(self._stages, self.state, params, self.groups.axis("pp"))
         if recomputed_units(self.placement, len(self._named)):
             order = add_recompute(order)
-        return self._prove(complete(order, layout, self.placement))
+        return self._prove(complete(order, self._layout, self.placement))
 
     def _prove(self, program: Program) -> tuple[Program, Verdict]:
-        """The proof, with the collectives of tensor parallelism inside computes and those of the state actions."""
-        of_state, tp = state_footprint(self._layout), self.groups.axis("tp").size
-        verdict = verify(
-            program,
-            lanes=self.groups.lanes,
-            footprint=lambda coord, a: [("tp", "layers", 0)] if tp > 1 and a.op in COMPUTE else of_state(coord, a),
-            groups={"tp": inside(len(program.ranks))},
-            layout=self._layout,
-            placement=self.placement,
-        )
-        return program, verdict
+        return program, prove(program, self._layout, self.placement, self.groups)
 
     # -- use -------------------------------------------------------------------------------------
 
@@ -345,26 +322,22 @@ class Engine:
 
     def _begin(self, inputs: Any, targets: Any, *, training: bool) -> StepState:
         device = self.scope.device
-        x, sizes = _microbatches(pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), inputs), self._microbatches)
-        y, _ = _microbatches(pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), targets), self._microbatches)
+        x, sizes = cut_batch(to_device(inputs, device), self._microbatches)
+        y, _ = cut_batch(to_device(targets, device), self._microbatches)
         batch = sum(sizes)
         first = self.groups.axis("dp").rank * batch
         starts = [first + sum(sizes[:i]) for i in range(len(sizes))]
         bounds = [boundary(t) for t in x]
-        self.ledger.set("batch", sum(t.nbytes for t in pytree.tree_leaves((x, y)) if isinstance(t, torch.Tensor)))
+        self.ledger.set("batch", nbytes((x, y)))
         return StepState(
             inputs=bounds,
             targets=y,
-            signatures=[(training, *_shapes(b)) for b in bounds],
+            signatures=[(training, *signature(b)) for b in bounds],
             samples=starts,
             step=self.steps,
             training=training,
             recomputed=self._recomputed,
         )
-
-
-def _shapes(b: Boundary) -> tuple[Any, ...]:
-    return tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in b.leaves)
 
 
 def _schedule(schedule: str | Schedule) -> Schedule:
@@ -373,23 +346,3 @@ def _schedule(schedule: str | Schedule) -> Schedule:
     if schedule not in schedules.NAMED:
         raise ConfigError(f"schedule {schedule!r} is not known; choose one of {', '.join(schedules.NAMED)}")
     return schedules.NAMED[schedule]
-
-
-def _microbatches(tree: Any, count: int) -> tuple[list[Any], list[int]]:
-    """A batch cut along dim 0 into ``count`` pieces whose sizes differ by at most one."""
-    leaves, spec = pytree.tree_flatten(tree)
-    sizes = {x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()}
-    if len(sizes) != 1:
-        raise ConfigError(f"the tensors of a batch must agree on dim 0, got sizes {sorted(sizes)}")
-    (batch,) = sizes
-    if batch < count:
-        raise ConfigError(
-            f"a batch of {batch} samples a dp rank cannot be cut into {count} microbatches; "
-            f"pass at least {count} samples or use fewer microbatches"
-        )
-    ranges = split_even(batch, count)
-    pieces = [
-        pytree.tree_unflatten([x[a:b] if isinstance(x, torch.Tensor) and x.dim() else x for x in leaves], spec)
-        for a, b in ranges
-    ]
-    return pieces, [b - a for a, b in ranges]
