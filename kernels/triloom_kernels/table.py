@@ -1,0 +1,70 @@
+"""Which function computes an operation on which device.
+
+A table is a value: hand it to whoever builds layers. ``default()`` has Triton on CUDA and eager torch on the CPU;
+``default().using("rms_norm", mine)`` swaps one operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .gelu import gelu
+from .layer_norm import layer_norm
+from .rms_norm import rms_norm
+from .rope import split_rotate
+from .swiglu import swiglu
+
+Function = Callable[..., Any]
+
+EAGER: Mapping[str, Function] = {
+    "gelu": gelu,
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "split_rotate": split_rotate,
+    "swiglu": swiglu,
+}
+"""In torch operations: any device, the references of the others."""
+
+TRITON: Mapping[str, Function] = {}
+"""Kernels; same arguments and results as the eager function of the same name."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Rows ``(operation, device type) -> function``."""
+
+    rows: Mapping[tuple[str, str], Function]
+
+    def pick(self, op: str, device: torch.device | str) -> Function:
+        """The function of ``op`` on ``device``; KeyError naming both if there is none."""
+        kind = torch.device(device).type
+        try:
+            return self.rows[op, kind]
+        except KeyError:
+            known = ", ".join(sorted({name for name, _ in self.rows}))
+            raise KeyError(f"no operation {op!r} for {kind} in the table; it has {known}") from None
+
+    def using(self, op: str, function: Function, device: str = "cuda") -> Kernels:
+        """The same table with one row replaced."""
+        self.pick(op, device)
+        return Kernels({**self.rows, (op, device): function})
+
+
+def default() -> Kernels:
+    """Triton on CUDA where there is a kernel; eager torch elsewhere, meta included."""
+    return Kernels({(op, kind): function for kind in ("cpu", "meta") for op, function in EAGER.items()}
+                   | {(op, "cuda"): TRITON.get(op, function) for op, function in EAGER.items()})  # fmt: skip
+
+
+def eager() -> Kernels:
+    """Torch operations everywhere."""
+    return Kernels({(op, kind): function for kind in ("cpu", "cuda", "meta") for op, function in EAGER.items()})
+
+
+def triton_on(kind: str) -> Kernels:
+    """Kernels on devices of this type too; the interpreter runs them on the CPU (TRITON_INTERPRET=1)."""
+    return Kernels({**default().rows, **{(op, kind): function for op, function in TRITON.items()}})
