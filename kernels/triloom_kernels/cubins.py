@@ -47,7 +47,7 @@ class Resources:
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:
-    """The kernel compiled as the launch on a GPU would: pointers and sizes divisible by 16 are told, ones are folded."""
+    """Compiled as a launch on a GPU would: pointers and sizes divisible by 16 are told, ones are folded."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
