@@ -123,6 +123,12 @@ def _llama_options(c: Config) -> str | None:
     return None
 
 
+def _rope(c: Config) -> str | None:
+    unused = ModelConfig().rope_theta
+    given = c.model.shape != "llama" and c.model.rope_theta != unused
+    return "the gpt2 shape has learned positions; leave rope_theta out, or use the llama shape" if given else None
+
+
 def _rates(c: Config) -> str | None:
     o = c.optim
     unused = {"constant": ("min_lr", "steps", "cooldown"), "cosine": ("cooldown",), "wsd": ()}[o.decay]
@@ -191,6 +197,7 @@ RULES: tuple[tuple[Keys, Callable[[Config], str | None]], ...] = (
     (("model.hidden", "model.heads"), _heads),
     (("model.heads", "model.kv_heads"), _kv_heads),
     (("model.shape", "model.hidden", "model.heads", "model.attention_dropout"), _llama_options),
+    (("model.shape", "model.rope_theta"), _rope),
     (("optim.decay", "optim.lr", "optim.min_lr", "optim.warmup", "optim.steps", "optim.cooldown"), _rates),
     (("optim.kind", *(f"optim.{name}" for name in OPTIMIZER_KEYS)), _optimizer),
     (("train.eval_every", "train.eval_batches", "data.held_out"), _evaluation),
@@ -308,6 +315,7 @@ def _fill(config: Config, mesh: Mesh, data_vocab: int, program: Program | None) 
             ffn=decoder.ffn,
             vocab=decoder.vocab,
             tied=decoder.tied,
+            bias=decoder.bias,
         ),
         parallel=replace(config.parallel, dp=dp),
         schedule=replace(
@@ -335,11 +343,11 @@ def decoder_config(m: ModelConfig, data_vocab: int) -> DecoderConfig:
         "ffn": m.ffn,
         "max_seq": m.seq,
         "dropout": m.dropout,
+        "norm_eps": m.norm_eps,
     }
-    if m.tied is not None:
-        values["tied"] = m.tied
+    values |= {name: given for name in ("tied", "bias") if (given := getattr(m, name)) is not None}
     if m.shape == "llama":
-        return llama(**values)
+        return llama(**values, rope_theta=m.rope_theta)
     return gpt2(**values, attention_dropout=m.attention_dropout)
 
 

@@ -264,6 +264,15 @@ def test_ties_start_equal_and_names() -> None:
     assert not torch.equal(apart["embed"].tokens.weight, apart["loss"].head.weight)
 
 
+@pytest.mark.parametrize("which", [*CONFIGS, "llama biases"])
+def test_number_of_parameters(which: str) -> None:
+    config = CONFIGS.get(which, llama(**SIZES, ffn=72, bias=True))
+    params = dict(build(config, Scope()).named_parameters())
+    if config.tied:
+        del params["loss.head.weight"]
+    assert config.parameters == sum(p.numel() for p in params.values())
+
+
 def test_initial_deviations() -> None:
     config = gpt2(vocab=500, hidden=128, layers=8, heads=4)
     block = decoder(config).units["blocks.3"](Scope())

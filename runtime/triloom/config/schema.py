@@ -76,6 +76,12 @@ class ModelConfig(Section):
     """Probability of dropping an attention weight (gpt2 only); above 0 the weights are held in memory."""
     tied: bool | None = None
     """Use one matrix for the token embedding and the output projection; none: true for gpt2, false for llama."""
+    bias: bool | None = None
+    """Biases in the linear layers of the blocks and in LayerNorm; none: true for gpt2, false for llama."""
+    norm_eps: Annotated[float, above(0)] = 1e-5
+    """Added to the mean square (llama) or the variance (gpt2) under the root of a norm."""
+    rope_theta: Annotated[float, above(0)] = 10000.0
+    """Base of the wavelengths of rotary positions (llama only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +219,27 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckConfig(Section):
+    """What a run checks about itself."""
+
+    replicas: Annotated[int, at_least(0)] = 0
+    """Every so many steps, compare the parameters that several ranks hold alike, by a 64-bit sum of each: a
+    difference ends the run, naming parameter and ranks. 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(Section):
+    """Where the numbers of metrics.jsonl go besides."""
+
+    tensorboard: bool = False
+    """Write events for TensorBoard to the folder tensorboard of the run (needs tensorboard: pip install
+    'triloom[log]')."""
+    wandb: bool = False
+    """Write an offline run of Weights & Biases to the folder wandb of the run, for ``wandb sync`` (needs wandb: pip
+    install 'triloom[log]')."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
     """What a run leaves behind."""
 
@@ -239,6 +266,8 @@ class Config:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -250,6 +279,8 @@ SECTIONS: dict[str, type] = {
     "placement": PlacementConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
+    "check": CheckConfig,
+    "log": LogConfig,
     "run": RunConfig,
 }
 """Section name to its class, in the order of ``Config``."""

@@ -63,6 +63,18 @@ class DecoderConfig:
             raise ConfigError(f"rotary positions need an even head size, got hidden/heads = {self.head_dim}")
 
     @property
+    def parameters(self) -> int:
+        """Number of trainable values; a tied matrix counts once."""
+        rows, d = self.heads + 2 * self.kv_heads, self.head_dim
+        up = self.ffn * (2 if self.act == "swiglu" else 1)
+        matrices = self.hidden * (rows * d + self.heads * d + up + self.ffn)
+        biases = rows * d + self.hidden + up + self.hidden if self.bias else 0
+        norm = self.hidden * (2 if self.norm == "layer" and self.bias else 1)
+        embedding = self.vocab * self.hidden * (1 if self.tied else 2)
+        positions = self.max_seq * self.hidden if self.positions == "learned" else 0
+        return self.layers * (matrices + biases + 2 * norm) + norm + embedding + positions
+
+    @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
@@ -81,12 +93,13 @@ def llama(
     ffn: int | None = None,
     max_seq: int = 2048,
     tied: bool = False,
+    bias: bool = False,
     dropout: float = 0.0,
     rope_theta: float = 10000.0,
     norm_eps: float = 1e-5,
     init_std: float = 0.02,
 ) -> DecoderConfig:
-    """Llama shape (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases.
+    """Llama shape (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases by default.
 
     kv_heads: as heads by default; ffn: 8/3 hidden rounded up to a multiple of 32 by default.
     """
@@ -99,6 +112,7 @@ def llama(
         ffn=-(-8 * hidden // 96) * 32 if ffn is None else ffn,
         max_seq=max_seq,
         tied=tied,
+        bias=bias,
         dropout=dropout,
         rope_theta=rope_theta,
         norm_eps=norm_eps,
