@@ -20,6 +20,7 @@ namespace py = pybind11;
 namespace triloom {
 
 void bind_optimizers(py::module_& m);  // optimizers_module.cpp
+void bind_files(py::module_& m);       // files_module.cpp
 
 namespace {
 
@@ -214,6 +215,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("reduce_ranks", &py_reduce_ranks, NoGil());
     bind_shm(m);
     bind_optimizers(m);
+    bind_files(m);
     bind_nccl(m);
 }
 
