@@ -23,6 +23,7 @@ def _plan_lines(job: Job) -> Iterator[str]:
     plan, config = job.plan, job.plan.config
     share = config.train.batch // plan.dp
     windows = job.data.train.count
+    yield f"model: {plan.decoder.parameters:,} parameters"
     yield f"data: {job.corpus.name}, {len(job.corpus.tokens):,} bytes, {windows:,} windows of {config.model.seq} tokens"
     yield (
         f"run: {config.train.steps} steps of {config.train.batch} samples = {plan.tokens_per_step:,} tokens, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from .liveline import LiveLine, Pace, duration, plural
 from .measured import Figures
 from .plan import Plan
 from .plot import PlotUnavailableError, plot_losses
+from .sinks import Sink, close_sinks, open_sinks
 
 FILES = ("config.toml", "metrics.jsonl", "timeline.json", "loss.svg", "loss.png")
 """Everything a run writes; ``run.overwrite`` removes these and nothing else."""
@@ -161,15 +162,16 @@ class Silent:
 
 
 class RunLog(AbstractContextManager["RunLog"]):
-    """The log of rank 0: run directory, metrics.jsonl, the live line and the plot."""
+    """The log of rank 0: run directory, metrics.jsonl, the sinks, the live line and the plot."""
 
-    def __init__(self, plan: Plan, data: str, world: World, out: TextIO) -> None:
+    def __init__(self, plan: Plan, data: str, world: World, out: TextIO, sinks: Sequence[Sink] = ()) -> None:
         self._plan = plan
         run, t = plan.config.run, plan.config.train
         self.folder: Path = make_run_dir(run.dir, run.overwrite)
         head = f"triloom {__version__}: {world.size} ranks, mesh {plan.mesh}, torch {torch.__version__}"
         (self.folder / "config.toml").write_text(to_toml(plan.config, head), encoding="utf-8")
         self._metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self._sinks = [self._metrics.write, *open_sinks(plan.config, self.folder), *sinks]
         self._line = LiveLine(out, t.steps, t.log_every)
         self._tokens = 0
         self._pace = Pace(t.steps)
@@ -186,22 +188,22 @@ class RunLog(AbstractContextManager["RunLog"]):
     ) -> None:
         self._tokens += self._plan.tokens_per_step
         speed = self._plan.tokens_per_step / seconds
-        self._metrics.write(
-            {
-                "step": metrics.step,
-                "loss": metrics.loss,
-                "grad_norm": metrics.grad_norm,
-                "lr": metrics.lr,
-                "skipped": metrics.skipped,
-                "loss_scale": metrics.scale,
-                "tokens": self._tokens,
-                "tokens_per_s": speed,
-                "step_ms": seconds * 1e3,
-                "peak_bytes": dict(memory),
-                "held_out_loss": held_out,
-                "pipeline": None if pipeline is None else pipeline.as_dict(),
-            }
-        )
+        record = {
+            "step": metrics.step,
+            "loss": metrics.loss,
+            "grad_norm": metrics.grad_norm,
+            "lr": metrics.lr,
+            "skipped": metrics.skipped,
+            "loss_scale": metrics.scale,
+            "tokens": self._tokens,
+            "tokens_per_s": speed,
+            "step_ms": seconds * 1e3,
+            "peak_bytes": dict(memory),
+            "held_out_loss": held_out,
+            "pipeline": None if pipeline is None else pipeline.as_dict(),
+        }
+        for sink in self._sinks:
+            sink(record)
         self._line.step(metrics.step + 1, metrics.loss, speed, self._pace.left(metrics.step + 1, seconds))
         if metrics.skipped:
             self._line.say(f"skipped, no weight changed: {metrics.note}")
@@ -235,18 +237,19 @@ class RunLog(AbstractContextManager["RunLog"]):
     def __exit__(self, *error: object) -> None:
         self._line.close()
         self._metrics.__exit__(None, None, None)
+        close_sinks(self._sinks)
 
 
-def open_log(plan: Plan, data: str, world: World, out: TextIO) -> Log:
+def open_log(plan: Plan, data: str, world: World, out: TextIO, sinks: Sequence[Sink] = ()) -> Log:
     """The log of this rank; raises ConfigError if rank 0 cannot make the run directory."""
-    return Silent() if world.rank else RunLog(plan, data, world, out)
+    return Silent() if world.rank else RunLog(plan, data, world, out, sinks)
 
 
 def headline(plan: Plan, data: str, world: World) -> list[str]:
     """What is about to be trained, in two lines."""
     config, m = plan.config, plan.config.model
     return [
-        f"{m.shape}, {plural(m.layers, 'layer')} x {m.hidden} wide, on {data}",
+        f"{m.shape}, {plural(m.layers, 'layer')} x {m.hidden} wide, {plan.decoder.parameters:,} parameters, on {data}",
         f"{plural(world.size, 'rank')} as {plan.mesh} ({config.placement.name}, {plan.order.name}, "
         f"microbatches: {plan.microbatches}), {plural(world.threads, 'thread')} each, {world.device.type}",
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TextIO
@@ -33,6 +33,7 @@ from .plan import Plan, make_plan
 from .program_file import check, has_state
 from .runlog import Log, Result, check_run_dir, open_log
 from .scaling import dynamic, fixed
+from .sinks import Sink, check_sinks
 from .spans import spans_on
 from .timing import Timing, make_timing
 from .together import agree_on, together
@@ -74,11 +75,17 @@ def _naming_file(plan: Plan) -> Iterator[None]:
 
 
 def train(
-    config: Config, world: World, *, sources: Mapping[str, str] | None = None, out: TextIO | None = None
+    config: Config,
+    world: World,
+    *,
+    sources: Mapping[str, str] | None = None,
+    out: TextIO | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> Result:
     """Train as ``config`` says on all ranks of ``world``; rank 0 prints to ``out`` and writes the run directory.
 
-    sources: where each key was given, for error messages. Raises SetupError on every rank if the run
+    sources: where each key was given, for error messages. sinks: functions that take the record of each step, on
+    rank 0 (``triloom.sinks``). Raises SetupError on every rank if the run
     cannot start, DivergedError on every rank if the gradient stops being finite.
     """
     job = together(world.group, lambda: _prepare_rank(config, world, sources))
@@ -91,7 +98,7 @@ def train(
         engine = make_engine(job, world, spans)
     timing = make_timing(engine, spans, world.group, job.plan.config.run.timeline)
     data = f"{job.corpus.name}, {len(job.corpus.tokens):,} bytes"
-    log = together(world.group, lambda: open_log(job.plan, data, world, out or sys.stdout))
+    log = together(world.group, lambda: open_log(job.plan, data, world, out or sys.stdout, sinks))
     with log:
         result = Loop(job, engine, log, world, timing).run()
     # Not after an error: releasing a group may wait for ranks that wait for this one.
@@ -102,6 +109,7 @@ def train(
 def _prepare_rank(config: Config, world: World, sources: Mapping[str, str] | None) -> Job:
     if world.rank == 0:
         check_run_dir(config.run.dir, config.run.overwrite)
+        check_sinks(config.log)
     return prepare(config, world.size, sources)
 
 
