@@ -25,7 +25,7 @@ from triloom.train import train
 WORDS = (
     "--model.layers 1 --model.hidden 16 --model.heads 2 --model.seq 16 --train.batch 4 --train.steps 3 "
     "--train.eval_batches 1 --run.plot false --run.overwrite true --run.timeline 0"
-).split()
+)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def text(tmp_path: Path) -> str:
 def trained(folder: Path, text: str, *words: str, ranks: int = 1, sinks: tuple[Sink, ...] = ()) -> list[Result]:
     def body(group: Group) -> Result:
         world = boot.init(group=group, hooks=False, threads=1, device="cpu", local_rank=0, local_size=1)
-        loaded = load([*WORDS, "--run.dir", str(folder), "--data.path", text, *words])
+        loaded = load([*WORDS.split(), "--run.dir", str(folder), "--data.path", text, *words])
         return train(loaded.config, world, out=io.StringIO(), sinks=sinks)
 
     before = torch.get_num_threads()
