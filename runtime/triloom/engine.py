@@ -16,6 +16,7 @@ from . import schedules
 from .actions import Action, Program
 from .budget import fit
 from .compiling import prove, state_layout
+from .described import describe
 from .errors import ConfigError
 from .groups.base import Group
 from .groups.mesh_groups import mesh_groups
@@ -150,8 +151,8 @@ class Engine:
     def _fingerprint(self, order: Program, numbers: list[Any], ties: Sequence[Sequence[str]]) -> list[Any]:
         """What must be equal on every rank, as JSON."""
         return [
-            list(self._named), order.to_csv(), *map(str, numbers), [list(t) for t in ties],
-            [len(s) for s in self._stages], str(self.placement), type(self.optimizer).__name__,
+            list(self._named), order.to_csv(), *map(describe, numbers), [list(t) for t in ties],
+            [len(s) for s in self._stages], str(self.placement), describe(self.optimizer),
         ]  # fmt: skip
 
     def _build(self, ties: Sequence[Sequence[str]], reduction: Reduction | None) -> None:
