@@ -86,6 +86,8 @@ class UnitBytes:
     """Saved from F (or R) to the backward, input and output not counted."""
     output: int = 0
     """The tensors that go to the next unit."""
+    saved_output: int = 0
+    """Those of them that autograd saves too."""
     carriers: int = 0
     """Those of them that have a gradient."""
     deferred: int = 0
@@ -165,8 +167,9 @@ class Lives:
         if training and unit > 0:
             self._hold("act", unit - 1, mb)  # kept for the backward or for R
         if training and unit not in self.recomputed:
-            self._save(unit, mb, self._sizes(unit, mb).held)
-            if unit != self._last:
+            sizes = self._sizes(unit, mb)
+            self._save(unit, mb, sizes.held)
+            if unit != self._last and sizes.saved_output:
                 self._hold("act", unit, mb)
         if unit != self._last:
             self._hold("act", unit, mb)  # for its user
@@ -176,7 +179,7 @@ class Lives:
     def recompute(self, unit: int, mb: int) -> None:
         if unit in self.recomputed:
             sizes = self._sizes(unit, mb)
-            self._save(unit, mb, sizes.held + sizes.output)
+            self._save(unit, mb, sizes.held + sizes.saved_output)
 
     def backward(self, unit: int, mb: int, *, deferred: bool = False) -> None:
         sizes = self._sizes(unit, mb)
@@ -193,7 +196,7 @@ class Lives:
             self._drop("act", unit - 1, mb)
         if unit != self._last:
             self._drop("grad", unit, mb)
-            if not again:
+            if not again and sizes.saved_output:
                 self._drop("act", unit, mb)
 
     def weights(self, unit: int, mb: int) -> None:

@@ -194,7 +194,7 @@ def test_classes_add_up_by_hand() -> None:
                                      "BW:stage0@0", "RECV:grad1@1<1", "UNSHARD:grads.0", "BW:stage0@1",
                                      "RESHARD:grads.0")]  # fmt: skip
     layout = StateLayout(((0,), (1,)), ((), ()))
-    sizes = {0: UnitBytes(held=100, output=10, carriers=7), 1: UnitBytes(held=1000)}
+    sizes = {0: UnitBytes(held=100, output=10, saved_output=10, carriers=7), 1: UnitBytes(held=1000)}
     report = walk(row, layout, lambda u, m: sizes[u], state={"params": 5}, buckets=[BucketBytes(grad_bucket=50)])
     assert report.peak["activations"] == 2 * 110 and report.peak["act_grads"] == 7 and report.peak["params"] == 5
     assert report.peak["transfers"] == 0  # the backward holds what is sent

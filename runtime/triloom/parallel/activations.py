@@ -46,8 +46,13 @@ def unit_bytes(module: nn.Module, saved: Iterable[torch.Tensor], given: Iterable
     """Of one forward with a graph. given: what the unit was called with, which it does not hold alone."""
     made = storages(out.tensors())
     foreign = {**made, **storages(given), **storages([*module.parameters(), *module.buffers()])}
-    held = sum(n for key, n in storages(saved).items() if key not in foreign)
-    return UnitBytes(held=held, output=sum(made.values()), carriers=sum(t.nbytes for t in out.carriers()))
+    kept = storages(saved)
+    return UnitBytes(
+        held=sum(n for key, n in kept.items() if key not in foreign),
+        output=sum(made.values()),
+        saved_output=sum(n for key, n in made.items() if key in kept),
+        carriers=sum(t.nbytes for t in out.carriers()),
+    )
 
 
 def closure_bytes(module: nn.Module, writers: Iterable[Any]) -> int:

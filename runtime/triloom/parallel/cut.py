@@ -7,10 +7,12 @@ or freed wherever the program says, and the numbers equal those of the uncut gra
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from ..scope import WeightGrads
@@ -66,13 +68,16 @@ class Pass:
 
     inputs: list[torch.Tensor]
     """Leaves that want a gradient, in the order of the input boundary's carriers."""
-    outputs: list[torch.Tensor | None]
-    """In the order of the output boundary's carriers; None for one announced by a forward without a
-    graph that turned out to have none."""
+    outputs: list[GradientEdge | None]
+    """Where the gradients of the outputs enter the graph, in the order of the output boundary's carriers: an edge
+    does not keep the output's memory. None for one announced by a forward without a graph that turned out to have
+    no gradient."""
 
 
-def forward(unit: torch.nn.Module, x: Boundary, *extra: Tree) -> tuple[Boundary, Pass]:
-    """Run ``unit(x, *extra)`` on fresh leaves; ``extra`` (targets) carries no gradient."""
+def forward(
+    unit: torch.nn.Module, x: Boundary, *extra: Tree, inside: AbstractContextManager[Any] | None = None
+) -> tuple[Boundary, Pass]:
+    """Run ``unit(x, *extra)`` on fresh leaves; ``extra`` (targets) carries no gradient. inside: around the unit."""
     with torch.enable_grad():
         inputs: list[torch.Tensor] = []
         leaves: list[Any] = []
@@ -82,10 +87,13 @@ def forward(unit: torch.nn.Module, x: Boundary, *extra: Tree) -> tuple[Boundary,
                 inputs.append(fresh)
                 leaf = _Cut.apply(fresh)  # type: ignore[no-untyped-call]
             leaves.append(leaf)
-        out = unit(pytree.tree_unflatten(leaves, x.spec), *extra)
+        with inside or nullcontext():
+            out = unit(pytree.tree_unflatten(leaves, x.spec), *extra)
     out_leaves, spec = pytree.tree_flatten(out)
     needs = tuple(isinstance(y, torch.Tensor) and y.requires_grad for y in out_leaves)
-    outputs: list[torch.Tensor | None] = [y for y, need in zip(out_leaves, needs, strict=True) if need]
+    outputs: list[GradientEdge | None] = [
+        get_gradient_edge(y) for y, need in zip(out_leaves, needs, strict=True) if need
+    ]
     detached = [y.detach() if isinstance(y, torch.Tensor) else y for y in out_leaves]
     return Boundary(detached, spec, needs), Pass(inputs, outputs)
 

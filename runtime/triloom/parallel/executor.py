@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from . import cut
 from .activations import Activations
 from .cut import Boundary, Pass
 from .recompute import Keeper, Kept
+from .splitting import Splitter
 from .weight_grads import UnitGrads
 from .wire import TensorMeta, TreeMeta, Wire, encode, fill, meta_of
 
@@ -35,6 +37,7 @@ class UnitRun:
     grads: UnitGrads
     is_loss: bool = False
     keeper: Keeper = field(default_factory=Keeper)
+    splitter: Splitter = field(default_factory=Splitter)
 
 
 @dataclass(slots=True)
@@ -77,6 +80,8 @@ class StepState:
     """(unit, microbatch) -> gradients of that unit's outputs."""
     unknown: frozenset[Any] = frozenset()
     """Signatures whose boundary shapes were unknown when the step began."""
+    apart: frozenset[int] = frozenset()
+    """Units that have a W of their own."""
 
 
 Handler = Callable[[Action, StepState], None]
@@ -130,6 +135,8 @@ class Executor:
         self._record = record
         self._metas: dict[tuple[int, Any], TreeMeta] = {}
         self._seen: set[Any] = set()
+        self._apart: tuple[Sequence[Action], frozenset[int]] = ((), frozenset())
+        """The units with a W of the list that ran last."""
         self.activations = Activations(ledger or Ledger(), stages[-1][-1], flops=flops)
         self._handlers: dict[str, Handler] = {
             "F": self._forward,
@@ -145,6 +152,9 @@ class Executor:
     def run(self, actions: Sequence[Action], state: StepState) -> None:
         """Execute a verified list. Returns with every transfer done."""
         state.unknown = frozenset(state.signatures) - self._seen
+        if self._apart[0] is not actions:
+            self._apart = actions, frozenset(u for a in actions if a.op == "W" for u in self._subject_units(a))
+        state.apart = self._apart[1]
         self.activations.begin(state.signatures, state.recomputed, training=state.training)
         if self._record is None:
             for action in actions:
@@ -209,9 +219,19 @@ class Executor:
             self.activations.forward(unit, mb, out)
             return out
         with self.activations.watch(unit, mb, (x.leaves, extra)) as made:
-            out, state.passes[unit.index, mb] = cut.forward(unit.module, x, *extra)
+            out, record = cut.forward(unit.module, x, *extra, inside=self._redirecting(unit, state))
             made.append(out)
+        self._remember(unit, mb, record, state)
         return out
+
+    def _redirecting(self, unit: UnitRun, state: StepState) -> AbstractContextManager[Any] | None:
+        """What is around a forward with a graph of a unit whose W may be apart from its B."""
+        apart = unit.index in state.apart and unit.params
+        return unit.splitter.redirecting(unit.params, unit.grads) if apart else None
+
+    def _remember(self, unit: UnitRun, mb: int, record: Pass, state: StepState) -> None:
+        state.passes[unit.index, mb] = record
+        unit.splitter.settle(record.outputs)
 
     def _recompute(self, action: Action, state: StepState) -> None:
         mb = _mb(action)
@@ -221,8 +241,10 @@ class Executor:
                 extra = self._enter(unit, mb, state)
                 kept = state.kept.pop((u, mb))
                 with self.activations.watch(unit, mb, (kept.x.leaves, extra), again=True) as made:
-                    out, state.passes[u, mb] = unit.keeper.again(unit.module, kept, *extra)
+                    inside = self._redirecting(unit, state)
+                    out, record = unit.keeper.again(unit.module, kept, *extra, inside=inside)
                     made.append(out)
+                self._remember(unit, mb, record, state)
 
     def _loss(self, unit: UnitRun, out: Boundary, mb: int, state: StepState) -> None:
         state.losses[mb] = out.leaves[0]
@@ -249,6 +271,7 @@ class Executor:
             self._ready(u)
             unit.grads.deferring = deferring
             found = cut.backward(state.passes.pop((u, mb)), state.grads.pop((u, mb)), unit.params, unit.grads)
+            unit.splitter.hand_over(unit.grads)
             self.activations.backward(unit, mb, deferring is not None)
             if u > 0:
                 state.grads[u - 1, mb] = found

@@ -58,15 +58,17 @@ class Keeper:
         flags = tuple(differentiable and isinstance(y, torch.Tensor) and y.is_floating_point() for y in out.leaves)
         return Boundary(out.leaves, out.spec, flags), Kept(x, _versions(x), flags, draws if self._draws else {})
 
-    def again(self, unit: nn.Module, kept: Kept, *extra: Any) -> tuple[Boundary, Pass]:
-        """The forward with a graph, on the kept input."""
+    def again(
+        self, unit: nn.Module, kept: Kept, *extra: Any, inside: AbstractContextManager[Any] | None = None
+    ) -> tuple[Boundary, Pass]:
+        """The forward with a graph, on the kept input. inside: around the unit."""
         if _versions(kept.x) != kept.versions:
             raise TriloomError(
                 "the input of a recomputed unit was changed in place after its forward: change a copy, or do not "
                 "recompute the unit"
             )
         with _statistics_once(unit), _drawing(kept.draws):
-            out, record = cut.forward(unit, _copy(kept.x) if self._changes_input else kept.x, *extra)
+            out, record = cut.forward(unit, _copy(kept.x) if self._changes_input else kept.x, *extra, inside=inside)
         outputs = iter(record.outputs)
         made = [next(outputs) if now else None for now in out.needs_grad]
         return out, Pass(record.inputs, [y for y, said in zip(made, kept.flags, strict=True) if said])
