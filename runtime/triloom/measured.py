@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .actions import COMPUTE, Action, Program, Subject, replace_ranks
+from .mesh import Mesh
 from .simulate import Costs
 
 Times = NDArray[np.int64]
@@ -162,6 +163,17 @@ def _input(action: Action) -> Subject | None:
     if action.op == "F":
         return Subject("act", stage - 1)
     return Subject("grad", stage + 1) if action.op in ("B", "BW") else None
+
+
+def measurement(program: Program, units: Sequence[Sequence[int]], mesh: Mesh) -> Measurement:
+    """``program`` on the ranks of ``mesh``. units: of each stage."""
+    replicas: dict[tuple[int, ...], int] = {}
+    seats = []
+    for rank in range(mesh.size):
+        coords = mesh.coords(rank)
+        others = tuple(at for axis, at in coords.items() if axis != "pp")
+        seats.append(Seat(coords.get("pp", 0), replicas.setdefault(others, len(replicas))))
+    return Measurement(program, tuple(map(tuple, units)), tuple(seats))
 
 
 # ---------------------------------------------------------------- against the simulation

@@ -11,7 +11,7 @@ import torch
 
 from .engine import Engine
 from .groups.base import Group
-from .measured import BEGIN, END, Figures, Measurement, Seat
+from .measured import BEGIN, END, Figures, Measurement, measurement
 from .spans import STAMPS, DeviceSpans, Offsets, Spans, align, clock_offsets, gather_rows
 from .trace import Step, Trace, save
 
@@ -47,11 +47,15 @@ class Timed:
         self._spans = spans
         self._world = world
         self._mesh = str(engine.mesh)
-        self._measurement = measurement(engine)
+        self._engine = engine
+        self._measurement = measured_by(engine)
         self._kept: deque[tuple[int, torch.Tensor, Figures]] = deque(maxlen=keep)
         self._clocks: Offsets = clock_offsets(world)
 
     def step(self, number: int) -> Figures | None:
+        if self._engine.program is not self._measurement.program:  # it was chosen after the step before
+            self._measurement = measured_by(self._engine)
+            self._kept.clear()
         rows = gather_rows(self._world, self._spans.rows(), self._measurement.most)
         figures = self._measurement.figures(align(rows, self._clocks))
         if self._kept and self._kept[-1][0] == number:  # the same step again: the one before was skipped
@@ -73,16 +77,9 @@ class Timed:
         return save(Trace(self._measurement, steps, self._mesh, errors), folder)
 
 
-def measurement(engine: Engine) -> Measurement:
-    """What an engine runs, and where its ranks sit: the same on every rank."""
-    mesh = engine.mesh
-    replicas: dict[tuple[int, ...], int] = {}
-    seats = []
-    for rank in range(mesh.size):
-        coords = mesh.coords(rank)
-        others = tuple(at for axis, at in coords.items() if axis != "pp")
-        seats.append(Seat(coords.get("pp", 0), replicas.setdefault(others, len(replicas))))
-    return Measurement(engine.program, tuple(tuple(units) for units in engine.stage_units), tuple(seats))
+def measured_by(engine: Engine) -> Measurement:
+    """What an engine runs now, and where its ranks sit: the same on every rank."""
+    return measurement(engine.program, engine.stage_units, engine.mesh)
 
 
 def make_timing(engine: Engine, spans: Spans | DeviceSpans | None, world: Group, keep: int) -> Timing:
