@@ -116,7 +116,7 @@ def plain(optimizer: Optimizer) -> Outcome:
         norm = float(nn.utils.get_total_norm([p.grad for p in named.values() if p.grad is not None]))
         for name, p in named.items():
             t = optimizer.treatment(name, tuple(p.shape))
-            if p.numel():
+            if p.numel() and p.grad is not None:
                 hyper = Hyper(
                     lr=t.rate(step), step=step + 1, weight_decay=t.weight_decay, grad_scale=min(1, CLIP / (norm + 1e-6))
                 )
@@ -126,11 +126,11 @@ def plain(optimizer: Optimizer) -> Outcome:
 
 
 def _update(rule: Any, p: nn.Parameter, states: dict[str, torch.Tensor], hyper: Hyper) -> None:
-    grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat, g = p.detach(), grad
+    assert p.grad is not None
+    flat, g = p.detach(), p.grad
     if rule.reach is not None:  # flat, padded as in a bucket
         flat = F.pad(p.detach().reshape(-1), (0, -p.numel() % 64))
-        g = F.pad(grad.reshape(-1), (0, -p.numel() % 64))
+        g = F.pad(p.grad.reshape(-1), (0, -p.numel() % 64))
     if not states:
         specs = rule.states(tuple(flat.shape), flat.dtype)
         states.update({k: torch.zeros(s.shape, dtype=s.dtype) for k, s in specs.items()})

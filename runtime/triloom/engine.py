@@ -27,8 +27,9 @@ from .mesh import Mesh, make_mesh
 from .microbatches import cut_batch, nbytes, signature, to_device
 from .native import Pool
 from .optim import AdamW, Optimizer
-from .parallel import build
+from .parallel import build, views
 from .parallel.accounting import enter, feedback_bytes
+from .parallel.assembly import assemble
 from .parallel.build import UnitLike
 from .parallel.cut import boundary
 from .parallel.executor import Executor, Recorder, StepState, UnitRun
@@ -36,8 +37,7 @@ from .parallel.gather import gather_full
 from .parallel.norms import Clip
 from .parallel.partition import partition
 from .parallel.reduction import Reduction
-from .parallel.segments import check_rules
-from .parallel.sharded import LocalParam, ShardedState
+from .parallel.sharded import ShardedState
 from .parallel.totals import Totals
 from .parallel.weight_grads import UnitGrads
 from .parallel.wire import Wire
@@ -156,27 +156,16 @@ class Engine:
         ]  # fmt: skip
 
     def _build(self, ties: Sequence[Sequence[str]], reduction: Reduction | None) -> None:
-        here = self.groups.axis("pp").rank
         coord_of = [self._where[s] for s, run in enumerate(self._stages) for _ in run]
-        mine = [u for u, c in enumerate(coord_of) if c == here]
         self._ties = build.find_ties(self._named, ties, coord_of)
 
-        def local() -> tuple[dict[int, torch.nn.Module], list[LocalParam]]:
-            modules = build.build_units(self._named, mine, self.scope)
-            params = build.collect(self._named, modules, self._ties)
-            check_rules({p.name: p.spec for p in params}, self.optimizer, self.scope.tp.size)
-            return modules, params
-
-        self.modules, params = together(self.world, local)
         tie_groups = build.tie_groups(self._ties, self.groups.axis("pp"))
-        build.replicate(self.modules, params, self.groups, tie_groups)
         shard, replicas = build.shard_groups(self.groups.axis("dp"), self.placement.shard_ranks)
         self.state = ShardedState(
-            params,
             dp=shard,
             replicas=replicas,
             tp=self.groups.axis("tp"),
-            coord=here,
+            coord=self.groups.axis("pp").rank,
             tie_groups=tie_groups,
             placement=self.placement,
             optimizer=self.optimizer,
@@ -184,6 +173,10 @@ class Engine:
             pool=Pool(torch.get_num_threads()) if torch.get_num_threads() > 1 else None,
             reduction=reduction,
         )
+        self.modules, self._collector = assemble(
+            self._named, coord_of, scope=self.scope, ties=self._ties, tie_groups=tie_groups,
+            groups=self.groups, world=self.world, state=self.state, optimizer=self.optimizer,
+        )  # fmt: skip
         enter(self.ledger, self.state.buckets, self.modules.values())
         self._units = {
             u: UnitRun(
@@ -293,7 +286,7 @@ class Engine:
         Collective. Holds the whole model on every rank: for tests, export and small models.
         """
         specs: dict[str, ShardSpec] = {name: p.spec for name, p in self.state.params.items()}
-        state = gather_full(self.state.whole(kind), specs, self.groups)
+        state = gather_full(views.whole(self.state, kind), specs, self.groups)
         if not state:
             raise ConfigError(f"no parameter has a state {kind!r}; ask for params, master or a state of the optimizer")
         return state

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -186,8 +187,7 @@ def _trace_unit(
 def _state(run: Run, params: Sequence[LocalParam], coord: int) -> ShardedState:
     dp = run.mesh.axis("dp")
     shard = run.placement.shard_ranks or dp
-    return ShardedState(
-        params,
+    state = ShardedState(
         dp=Phantom(0, shard, "dp"),
         replicas=Phantom(0, dp // shard, "replicas"),
         tp=Phantom(0, run.mesh.axis("tp"), "tp"),
@@ -197,6 +197,10 @@ def _state(run: Run, params: Sequence[LocalParam], coord: int) -> ShardedState:
         optimizer=run.optimizer,
         device=torch.device(run.device),
     )
+    for _, unit in groupby(params, key=lambda p: p.unit):
+        state.add(list(unit))
+    state.finish()
+    return state
 
 
 def _infos(state: ShardedState, params: Sequence[LocalParam]) -> tuple[BucketInfo, ...]:

@@ -6,7 +6,8 @@ accumulators are made once. A flat tensor that is sharded has bytes only between
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from ..groups.base import Work
 from ..placement import Placement
 from .flat import Bucket
-from .segments import Segment, Treatments, cut, keep, padding
+from .segments import Call, Segment, Treatments, calls, cut, keep
 from .weight_grads import Accumulator
 
 ACCUMULATE = {torch.float64: torch.float64}
@@ -25,8 +26,9 @@ not listed."""
 class Flat:
     """A flat tensor whose storage can be given back."""
 
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.tensor = torch.zeros(numel, dtype=dtype, device=device)
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, *, touch: bool = True) -> None:
+        """touch: zero it; otherwise it is to be given back before its first use, and costs addresses only."""
+        self.tensor = (torch.zeros if touch else torch.empty)(numel, dtype=dtype, device=device)
         self.whole = True
         self._bytes = self.tensor.untyped_storage().nbytes()
         self.moved: Callable[[int], None] | None = None
@@ -104,9 +106,7 @@ class BucketState:
     states: dict[str, torch.Tensor]
     """The optimizer's, by name: those of all segments in one flat tensor."""
     segments: list[Segment]
-    """The calls of STEP, relative to the start of ``updates``."""
-    padding: list[slice]
-    """What STEP must zero in its gradient first, because a rule looks at neighbours; relative too."""
+    """What STEP updates, and by which rule."""
     uses: dict[str, list[Accumulator]] = field(default_factory=dict)
     """Accumulators by slot name, in unit order; the first writes straight into grads."""
     folded: bool = False
@@ -117,6 +117,10 @@ class BucketState:
     reduction: Work | None = None
     reduced: bool = False
     """Whether a reduction was posted and not finished."""
+    pattern: tuple[int | None, ...] = ()
+    """Of the last STEP: what each parameter has missed, None for one that was absent."""
+    calls: list[Call] | None = None
+    """Its calls."""
 
     @property
     def low(self) -> torch.Tensor | None:
@@ -135,6 +139,21 @@ class BucketState:
         for uses in self.uses.values():
             uses[0].settle()
 
+    def calls_of(self, missed: Mapping[str, int], absent: AbstractSet[str]) -> list[Call]:
+        """The calls of STEP; remembered, since they are the same in nearly every step."""
+        pattern: tuple[int | None, ...] = ()
+        if missed or absent:
+            pattern = tuple(None if s.name in absent else missed.get(s.name, 0) for s in self.bucket.slots)
+        if self.calls is None or pattern != self.pattern:
+            self.pattern = pattern
+            self.calls = [call for segment in self.segments for call in calls(segment, missed, absent)]
+        return self.calls
+
+    def zero_padding(self) -> None:
+        """Of the whole gradient: a block of a reduction, or of a rule, may reach into it."""
+        for gap in self.bucket.gaps:
+            self.grads.tensor[gap].zero_()
+
     def refresh(self) -> None:
         """The next write of each accumulator overwrites."""
         for uses in self.uses.values():
@@ -151,13 +170,14 @@ def allocate(
     treatments: Treatments,
     device: torch.device,
 ) -> BucketState:
-    """The tensors of a bucket, all zero and whole; :func:`settle_down` follows once parameters are in."""
+    """The tensors of a bucket, all zero, its parameters whole; :func:`settle_down` follows once they are in."""
     dtype: torch.dtype = getattr(torch, bucket.dtype)
     acc = ACCUMULATE.get(dtype, torch.float32)
     grad = acc if residency.grad_dtype is None else getattr(torch, residency.grad_dtype)
     lo, hi = bucket.shard(rank, dp)
     updates = slice(lo, hi) if residency.optimizer else slice(0, bucket.numel)
-    params, grads = Flat(bucket.numel, dtype, device), Flat(bucket.numel, grad, device)
+    grads = Flat(bucket.numel, grad, device, touch=not residency.grads)
+    params = Flat(bucket.numel, dtype, device)
     own_params = torch.zeros(hi - lo, dtype=dtype, device=device) if residency.params else params.tensor[lo:hi]
     separate = residency.each or residency.grads
     own_grads = torch.zeros(hi - lo, dtype=grad, device=device) if separate else grads.tensor[lo:hi]
@@ -174,7 +194,6 @@ def allocate(
         master=own_params if residency.optimizer else params.tensor[updates],
         states=states,
         segments=segments,
-        padding=padding(bucket, updates, treatments),
     )
 
 

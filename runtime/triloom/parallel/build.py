@@ -17,7 +17,8 @@ from ..mesh import check_divides
 from ..scope import Scope
 from ..shards import ShardSpec
 from . import ties as tied
-from .sharded import LocalParam
+from .guard import ShardedParameter
+from .sharded import LocalParam, ShardedState
 from .ties import Tie
 
 UnitLike = nn.Module | Callable[[Scope], nn.Module]
@@ -77,25 +78,43 @@ def find_ties(
     return tied.resolve([*explicit, *implicit], unit_of, coord_of)
 
 
-def collect(named: Mapping[str, UnitLike], modules: Mapping[int, nn.Module], ties: Sequence[Tie]) -> list[LocalParam]:
-    """Every use of every trainable parameter of this rank, in unit order, tied uses made one object."""
-    names = list(named)
-    by_use = {name: t for t in ties for name in t.names}
-    first: dict[int, tuple[str, nn.Parameter]] = {}
-    out: list[LocalParam] = []
-    for u in sorted(modules):
-        for owner, local, full in _parameters(modules[u]):
-            name = f"{names[u]}.{full}"
+class Collector:
+    """Finds every use of every trainable parameter of a rank, unit by unit in order; tied uses are made one object.
+
+    names: of all units; ties: of the whole model.
+    """
+
+    def __init__(self, names: Sequence[str], ties: Sequence[Tie]) -> None:
+        self._names, self._ties = names, ties
+        self._by_use = {name: t for t in ties for name in t.names}
+        self._first: dict[int, tuple[str, nn.Parameter]] = {}
+
+    def add(self, unit: int, module: nn.Module) -> list[LocalParam]:
+        """The uses in a unit (again: of what requires a gradient now)."""
+        out: list[LocalParam] = []
+        for owner, local, full in _parameters(module):
+            name = f"{self._names[unit]}.{full}"
             param = owner._parameters[local]
-            tie = by_use.get(name)
+            tie = self._by_use.get(name)
             if param is None:
                 continue
             if tie is not None:
-                param = _join(first.setdefault(tie.index, (name, param)), name, owner, local, param)
+                param = _join(self._first.setdefault(tie.index, (name, param)), name, owner, local, param)
             if param.requires_grad:
                 spec = getattr(owner, "shards", {}).get(local) or ShardSpec(tuple(param.shape))
-                out.append(LocalParam(tie.names[0] if tie else name, u, param, spec, tie))
-    _check_ties_found(ties, names, modules)
+                out.append(LocalParam(tie.names[0] if tie else name, unit, param, spec, tie))
+        return out
+
+    def check_ties(self, modules: Mapping[int, nn.Module]) -> None:
+        """Raise ConfigError if a tied parameter of these units does not exist."""
+        _check_ties_found(self._ties, self._names, modules)
+
+
+def collect(named: Mapping[str, UnitLike], modules: Mapping[int, nn.Module], ties: Sequence[Tie]) -> list[LocalParam]:
+    """Every use of every trainable parameter of these units, in unit order, tied uses made one object."""
+    collector = Collector(list(named), ties)
+    out = [p for u in sorted(modules) for p in collector.add(u, modules[u])]
+    collector.check_ties(modules)
     return out
 
 
@@ -153,10 +172,8 @@ def shard_groups(dp: Group, shard_ranks: int | None) -> tuple[Group, Group]:
     return dp.split(blocks, "shard"), dp.split(across, "replicas")
 
 
-def replicate(
-    modules: Mapping[int, nn.Module], params: Sequence[LocalParam], groups: MeshGroups, ties: Mapping[int, Group]
-) -> None:
-    """Give replicated parameters and buffers the values of the first rank that holds them.
+def replicate(modules: Mapping[int, nn.Module], params: Sequence[LocalParam], groups: MeshGroups) -> None:
+    """Give replicated parameters and buffers the values of the first dp and tp rank that holds them.
 
     Own layers draw the same values everywhere; a user's modules were initialised by each rank's own
     generator. Costs one broadcast of the model at start.
@@ -164,15 +181,20 @@ def replicate(
     sharded = {id(p.param) for p in params if p.spec.dim is not None}
     for u in sorted(modules):
         for t in [*modules[u].parameters(), *modules[u].buffers()]:
+            if isinstance(t, ShardedParameter):  # a further use of a tied one, that an earlier unit has brought
+                continue
             data = t.data.contiguous()
             for group in (groups.axis("dp"), *(() if id(t) in sharded else (groups.axis("tp"),))):
                 _broadcast(group, data)
             t.data.copy_(data)
-    for index, group in sorted(ties.items()):
-        tied_param = next(p.param for p in params if p.tie is not None and p.tie.index == index)
-        data = tied_param.data.contiguous()
-        _broadcast(group, data)
-        tied_param.data.copy_(data)
+
+
+def replicate_ties(state: ShardedState, ties: Mapping[int, Group]) -> None:
+    """Give parameters that are tied across pipeline coordinates the values of the first of these."""
+    tied_params = {p.tie.index: p for p in state.params.values() if p.tie is not None and p.tie.index in ties}
+    with state.gathered([p.name for p in tied_params.values()]):
+        for index, p in sorted(tied_params.items()):
+            _broadcast(ties[index], p.param.data)
 
 
 def _broadcast(group: Group, data: torch.Tensor) -> None:

@@ -92,6 +92,8 @@ class Entry:
     treatment: int = 0
     """Number of the treatment: in a bucket those that are treated alike lie side by side, so that one call of
     the rule updates them."""
+    size: int | None = None
+    """What counts where buckets are cut and tensors dealt, the same on every tp rank; None: the elements here."""
 
     @property
     def kind(self) -> tuple[str, bool]:
@@ -107,6 +109,10 @@ class Entry:
         """Elements up to where the next parameter may start."""
         return -(-self.numel // ALIGN) * ALIGN
 
+    @property
+    def weight(self) -> int:
+        return self.numel if self.size is None else self.size
+
 
 def layout(params: Sequence[Entry], *, bucket_numel: int, dp: int) -> tuple[Bucket, ...]:
     """Buckets of one kind and rule, of at least one parameter and otherwise at most ``bucket_numel`` elements.
@@ -118,30 +124,60 @@ def layout(params: Sequence[Entry], *, bucket_numel: int, dp: int) -> tuple[Buck
     share is small; all shares are padded to it. A bucket of them grows beyond ``bucket_numel`` until at most one
     element in SLACK is padding.
     """
-    of_rule = ([e for e in params if e.rule == rule] for rule in sorted({e.rule for e in params}))
-    runs = [run for entries in of_rule for run in _runs(entries, bucket_numel, dp)]
-    runs.sort(key=lambda run: run[0].unit)
-    return tuple((_dealt if run[0].whole else _bucket)(i, run, dp) for i, run in enumerate(runs))
+    packer = Packer(bucket_numel, dp)
+    runs = [run for _, unit in groupby(params, key=lambda e: e.unit) for run in packer.add(list(unit))]
+    runs = sorted([*runs, *packer.close()], key=place)
+    return tuple(make_bucket(i, run, dp) for i, run in enumerate(runs))
+
+
+class Packer:
+    """The same while units come one after the other: a run of parameters is given back when its bucket is full."""
+
+    def __init__(self, bucket_numel: int, dp: int) -> None:
+        self._limit, self._dp = bucket_numel, dp
+        self._open: dict[int, list[Entry]] = {}
+        """By rule, the run that may still grow."""
+
+    def add(self, unit: Sequence[Entry]) -> list[list[Entry]]:
+        """The trainable parameters of the next unit; returns the runs that are full now."""
+        rules = sorted({e.rule for e in unit})
+        return [run for rule in rules for run in self._add([e for e in unit if e.rule == rule])]
+
+    def _add(self, entries: Sequence[Entry]) -> list[list[Entry]]:
+        full, run = [], self._open.setdefault(entries[0].rule, [])
+        fits = _weight(run) + _weight(entries) <= self._limit
+        for e in entries:
+            over = not fits or _weight(run) + e.weight > self._limit
+            if run and (run[-1].kind != e.kind or (over and _balanced(run, self._dp))):
+                full.append(run)
+                run, fits = [], True
+            run.append(e)
+        self._open[entries[0].rule] = run
+        return full
+
+    def close(self) -> list[list[Entry]]:
+        """The runs that are not full."""
+        rest = [run for run in self._open.values() if run]
+        self._open = {}
+        return rest
+
+
+def _weight(entries: Sequence[Entry]) -> int:
+    return sum(e.weight for e in entries)
+
+
+def place(run: Sequence[Entry]) -> tuple[int, int]:
+    """Key that sorts full runs (of one rule in the order in which they became so)."""
+    return run[0].unit, run[0].rule
+
+
+def make_bucket(index: int, run: Sequence[Entry], dp: int) -> Bucket:
+    """The bucket of a run."""
+    return (_dealt if run[0].whole else _bucket)(index, run, dp)
 
 
 SLACK = 8
 """Buckets of whole parameters try to have no more than one element of padding in so many."""
-
-
-def _runs(params: Sequence[Entry], bucket_numel: int, dp: int) -> list[list[Entry]]:
-    runs: list[list[Entry]] = []
-    filled = 0
-    for _, group in groupby(params, key=lambda e: e.unit):
-        entries = list(group)
-        fits = filled + sum(e.numel for e in entries) <= bucket_numel
-        for e in entries:
-            full = not fits or filled + e.numel > bucket_numel
-            if not runs or runs[-1][-1].kind != e.kind or (full and _balanced(runs[-1], dp)):
-                runs.append([])
-                filled, fits = 0, True
-            runs[-1].append(e)
-            filled += e.numel
-    return runs
 
 
 def _balanced(run: Sequence[Entry], dp: int) -> bool:
@@ -164,14 +200,15 @@ def _bucket(index: int, run: Sequence[Entry], dp: int) -> Bucket:
 def _dealt(index: int, run: Sequence[Entry], dp: int) -> Bucket:
     """Whole parameters, the largest first, each to the rank that has the least (at most 4/3 of the best possible
     largest share: Graham, SIAM J. Appl. Math. 17, 1969)."""
-    loads = [0] * dp
-    place: list[tuple[int, int, Entry]] = []
-    for e in sorted(run, key=lambda e: -e.room):
+    loads, stops = [0] * dp, [0] * dp
+    where: list[tuple[int, int, Entry]] = []
+    for e in sorted(run, key=lambda e: -e.weight // ALIGN):
         rank = loads.index(min(loads))
-        place.append((rank, loads[rank], e))
-        loads[rank] += e.room
-    share = max(loads)
-    slots = sorted((Slot(e.name, e.unit, e.shape, rank * share + at) for rank, at, e in place), key=lambda s: s.offset)
+        where.append((rank, stops[rank], e))
+        loads[rank] += -(-e.weight // ALIGN) * ALIGN
+        stops[rank] += e.room
+    share = max(stops)
+    slots = sorted((Slot(e.name, e.unit, e.shape, rank * share + at) for rank, at, e in where), key=lambda s: s.offset)
     return Bucket(index, tuple(slots), dp * share, run[0].dtype, whole=True)
 
 

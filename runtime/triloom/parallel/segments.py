@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from ..errors import ConfigError
-from ..groups.base import Group
-from ..optim.base import BLOCK, Optimizer, Spec, Treatment
+from ..optim.base import BLOCK, Optimizer, Rule, Spec, Treatment
 from ..shards import ShardSpec
-from .flat import ALIGN, Bucket, Slot, pieces
+from .flat import ALIGN, Bucket
 
 Treatments = Mapping[str, Treatment]
 """By canonical name of the parameter."""
+
+EACH = 0
+"""In ``Segment.per``: one number for each parameter, however many elements it has."""
+
+
+class Part(NamedTuple):
+    """One parameter's place in a cut, up to where the next one starts."""
+
+    name: str
+    start: int
+    stop: int
 
 
 class Cut(NamedTuple):
@@ -26,16 +37,33 @@ class Cut(NamedTuple):
     shape: tuple[int, ...]
     """As the rule sees it: flat, or the parameter's."""
     treatment: Treatment
+    parts: tuple[Part, ...]
+    """The parameters in it, relative to its start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A cut with its states: one call of its rule a step."""
+    """A cut with its states."""
+
+    cut: Cut
+    states: Mapping[str, torch.Tensor]
+    per: Mapping[str, int]
+    """Elements of the parameter to an element of a state: 1, BLOCK, or EACH."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a rule: of neighbouring parameters that are treated alike and were updated equally often."""
 
     span: slice
+    """In what STEP updates on this rank."""
     shape: tuple[int, ...]
     treatment: Treatment
     states: Mapping[str, torch.Tensor]
+    missed: int
+    """Steps of the run that these parameters were not updated in."""
+    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    """States of which there is one for each parameter: the one that the rule sees, and the others, which follow it."""
 
 
 def cut(bucket: Bucket, updates: slice, treatments: Treatments) -> list[Cut]:
@@ -46,9 +74,9 @@ def cut(bucket: Bucket, updates: slice, treatments: Treatments) -> list[Cut]:
     """
     if bucket.whole:
         return [
-            Cut(slice(s.offset - updates.start, s.stop - updates.start), s.shape, treatments[s.name])
+            Cut(slice(lo, lo + s.numel), s.shape, treatments[s.name], (Part(s.name, 0, s.numel),))
             for s in bucket.slots
-            if s.numel and updates.start <= s.offset < updates.stop
+            if s.numel and 0 <= (lo := s.offset - updates.start) < updates.stop - updates.start
         ]
     out: list[Cut] = []
     starts = [*(s.offset for s in bucket.slots), bucket.numel]
@@ -57,9 +85,11 @@ def cut(bucket: Bucket, updates: slice, treatments: Treatments) -> list[Cut]:
         if lo >= hi:
             continue
         treatment = treatments[slot.name]
-        if out and out[-1].treatment == treatment:
-            lo = out.pop().span.start
-        out.append(Cut(slice(lo, hi), (hi - lo,), treatment))
+        joins = bool(out) and out[-1].treatment == treatment
+        before = out.pop() if joins else Cut(slice(lo, lo), (0,), treatment, ())
+        first = before.span.start
+        here = Part(slot.name, lo - first, hi - first)
+        out.append(Cut(slice(first, hi), (hi - first,), treatment, (*before.parts, here)))
     return out
 
 
@@ -67,10 +97,10 @@ def keep(
     cuts: Sequence[Cut], dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], list[Segment]]:
     """Zeroed states of all cuts, by name one flat tensor in the order of the cuts, and the views of each cut."""
-    specs = [c.treatment.rule.states(c.shape, dtype) for c in cuts]
+    shaped = [_shapes(c, c.treatment.rule.states(c.shape, dtype)) for c in cuts]
     totals: dict[str, Spec] = {}
-    for of_cut in specs:
-        for name, spec in of_cut.items():
+    for of_cut in shaped:
+        for name, (spec, _) in of_cut.items():
             before = totals.get(name, Spec((0,), spec.dtype))
             if before.dtype != spec.dtype:
                 raise ConfigError(f"state {name!r} is kept in {before.dtype} and in {spec.dtype}; use two names")
@@ -78,121 +108,82 @@ def keep(
     flats = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in totals.items()}
     used = dict.fromkeys(flats, 0)
     segments = []
-    for c, of_cut in zip(cuts, specs, strict=True):
+    for c, of_cut in zip(cuts, shaped, strict=True):
         views = {}
-        for name, spec in of_cut.items():
+        for name, (spec, _) in of_cut.items():
             start = used[name]
             used[name] += math.prod(spec.shape)
             views[name] = flats[name][start : used[name]].view(spec.shape)
-        segments.append(Segment(c.span, c.shape, c.treatment, views))
+        segments.append(Segment(c, views, {name: per for name, (_, per) in of_cut.items()}))
     return flats, segments
 
 
-def padding(bucket: Bucket, updates: slice, treatments: Treatments) -> list[slice]:
-    """What must be zero in the gradient before a rule that looks at neighbours; none for element-wise ones."""
-    if all(treatments[s.name].rule.reach in (1, None) for s in bucket.slots):
-        return []
-    stops = [*(s.offset for s in bucket.slots[1:]), bucket.numel]
-    gaps = [(max(s.stop, updates.start), min(e, updates.stop)) for s, e in zip(bucket.slots, stops, strict=True)]
-    return [slice(lo - updates.start, hi - updates.start) for lo, hi in gaps if lo < hi]
+def _shapes(c: Cut, specs: Mapping[str, Spec]) -> dict[str, tuple[Spec, int]]:
+    """What is kept for a cut, and how many elements one of it is for. Single numbers are kept for each parameter,
+    since one that had no gradient falls behind the others."""
+    if c.treatment.rule.reach is None:
+        return {name: (spec, 1) for name, spec in specs.items()}
+    (n,) = c.shape
+    known = {(n,): 1, (n // BLOCK,): BLOCK, (): EACH}
+    out = {}
+    for name, spec in specs.items():
+        if spec.shape not in known:
+            raise ConfigError(
+                f"state {name!r} of {type(c.treatment.rule).__name__} has shape {spec.shape} for a piece of {n} "
+                f"elements; it must have one number for each, for each block of {BLOCK}, or be a single one"
+            )
+        per = known[spec.shape]
+        out[name] = (spec if per else Spec((len(c.parts),), spec.dtype), per)
+    return out
+
+
+def calls(segment: Segment, missed: Mapping[str, int], absent: AbstractSet[str]) -> list[Call]:
+    """The calls that update a segment when the parameters ``absent`` are left out. missed: updates that each
+    parameter has missed, 0 where not listed."""
+    c = segment.cut
+    places = [(i, p, missed.get(p.name, 0)) for i, p in enumerate(c.parts) if p.name not in absent]
+    if c.treatment.rule.reach is None:
+        return [Call(c.span, c.shape, c.treatment, segment.states, m) for _, _, m in places]
+
+    runs: list[tuple[int, int, int]] = []
+    """First parameter, the one after the last, and what they have missed."""
+    for i, _, behind in places:
+        if runs and runs[-1][1:] == (i, behind) and _same_numbers(segment, runs[-1][0], i):
+            runs[-1] = (runs[-1][0], i + 1, behind)
+        else:
+            runs.append((i, i + 1, behind))
+    return [_call(segment, *run) for run in runs]
+
+
+def _same_numbers(segment: Segment, one: int, other: int) -> bool:
+    return all(bool(t[one] == t[other]) for name, t in segment.states.items() if segment.per[name] == EACH)
+
+
+def _call(segment: Segment, first: int, last: int, missed: int) -> Call:
+    """Of the parameters ``first`` to (not including) ``last`` of a segment."""
+    c = segment.cut
+    lo, hi = c.parts[first].start, c.parts[last - 1].stop
+    states, copies = {}, []
+    for name, t in segment.states.items():
+        per = segment.per[name]
+        if per == EACH:
+            states[name] = t[first]
+            copies += [(t[first], t[first + 1 : last])] if last - first > 1 else []
+        else:
+            states[name] = t[lo // per : hi // per]
+    span = slice(c.span.start + lo, c.span.start + hi)
+    return Call(span, (hi - lo,), c.treatment, states, missed, tuple(copies))
 
 
 def check_rules(specs: Mapping[str, ShardSpec], optimizer: Optimizer, tp: int) -> None:
     """Raise ConfigError for a rule on whole tensors and a parameter that is split over tp."""
     for name, spec in specs.items():
-        rule = optimizer.treatment(name, spec.global_shape).rule
+        rule: Rule = optimizer.treatment(name, spec.global_shape).rule
         if rule.reach is None and spec.dim is not None and tp > 1:
             raise ConfigError(
                 f"{type(rule).__name__} updates whole tensors, and {name} {spec.global_shape} is split over tp={tp}: "
                 "on its parts it would be another algorithm. Use tp=1, or give the parameter to an element-wise rule"
             )
-
-
-# ---------------------------------------------------------------- all of a state, for tests and export
-
-
-def whole_states(
-    bucket: Bucket,
-    mine: Mapping[str, torch.Tensor],
-    kind: str,
-    treatments: Treatments,
-    *,
-    dp: Group,
-    sharded: bool,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """State ``kind`` of every parameter of a bucket that has one, gathered over dp where it is sharded.
-
-    In the parameter's shape if it has as many elements; states of blocks are flat. Integers come as int64.
-    """
-    gather = _whole_tensors if bucket.whole else _flat_pieces
-    return gather(bucket, mine, kind, treatments, dp if sharded else None, dtype)
-
-
-def _flat_pieces(
-    bucket: Bucket,
-    mine: Mapping[str, torch.Tensor],
-    kind: str,
-    treatments: Treatments,
-    dp: Group | None,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    if not bucket.slots:
-        return {}
-    rule = treatments[bucket.slots[0].name].rule
-    spec = rule.states((BLOCK,), dtype).get(kind)
-    if spec is None:
-        return {}
-    if spec.shape not in ((BLOCK,), (1,)):
-        raise ConfigError(f"state {kind!r} of {type(rule).__name__} belongs to a piece, not to a parameter")
-    per = BLOCK // spec.shape[0]
-    share = bucket.numel // (1 if dp is None else dp.size) // per
-    flat = _gather(mine.get(kind, torch.zeros(0, dtype=spec.dtype)), share, dp).reshape(-1)
-    out = {}
-    for s in bucket.slots:
-        part = flat[s.offset // per : -(-s.stop // per)]
-        out[s.name] = part.view(s.shape) if per == 1 else part
-    return out
-
-
-def _whole_tensors(
-    bucket: Bucket,
-    mine: Mapping[str, torch.Tensor],
-    kind: str,
-    treatments: Treatments,
-    dp: Group | None,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    ranks = 1 if dp is None else dp.size
-    rows: list[list[tuple[Slot, Spec]]] = []
-    for rank in range(ranks):
-        have = [(p.slot, treatments[p.slot.name].rule.states(p.slot.shape, dtype)) for p in pieces(bucket, rank, ranks)]
-        rows.append([(slot, states[kind]) for slot, states in have if kind in states])
-    specs = [spec for row in rows for _, spec in row]
-    if not specs:
-        return {}
-    longest = max(sum(math.prod(spec.shape) for _, spec in row) for row in rows)
-    gathered = _gather(mine.get(kind, torch.zeros(0, dtype=specs[0].dtype)), longest, dp)
-    out = {}
-    for row, flat in zip(rows, gathered, strict=True):
-        start = 0
-        for slot, spec in row:
-            stop = start + math.prod(spec.shape)
-            out[slot.name] = flat[start:stop].view(spec.shape)
-            start = stop
-    return out
-
-
-def _gather(mine: torch.Tensor, length: int, dp: Group | None) -> torch.Tensor:
-    """``(ranks, length)``: every rank's flat tensor, padded to ``length``."""
-    values = mine if mine.is_floating_point() else mine.to(torch.int64)
-    padded = values.new_zeros(length)
-    padded[: values.numel()] = values
-    if dp is None:
-        return padded[None]
-    everyone = padded.new_empty(dp.size, length)
-    dp.all_gather(everyone, padded).wait()
-    return everyone
 
 
 if ALIGN % BLOCK:

@@ -12,9 +12,10 @@ so all stages end in the same bits (stage 0 reduces by reduce_scatter and then g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,10 +28,9 @@ from ..shards import ShardSpec
 from . import ties as tied
 from .bucket import BucketState, allocate, residency, settle_down
 from .executor import Handler, StepState
-from .flat import Bucket, Entry, Piece, Slot, layout, pieces
+from .flat import Entry, Packer, Slot, make_bucket, place
 from .guard import guard
 from .reduction import Exact, Reduction
-from .segments import whole_states
 from .ties import Tie
 from .weight_grads import Accumulator
 
@@ -47,17 +47,16 @@ class LocalParam:
 
 
 class ShardedState:
-    """The state of all units on one rank.
+    """The state of all units on one rank. Parameters are handed over with ``add``, then ``finish`` is called.
 
-    params: every use of every trainable parameter, in unit order. dp: the data-parallel ranks the state is sharded
-    over; replicas: those that hold the same shard (one, but for hybrid sharding); tp: group; tie_groups: by tie
-    index, the group over the coordinates that hold the tie (absent when it is one coordinate). pool:
-    threads for element-wise work on the host; reduction: how gradients are summed over dp.
+    dp: the data-parallel ranks the state is sharded over; replicas: those that hold the same shard (one, but for
+    hybrid sharding); tp: group; tie_groups: by tie index, the group over the coordinates that hold the tie (absent
+    when it is one coordinate). pool: threads for element-wise work on the host; reduction: how gradients are summed
+    over dp.
     """
 
     def __init__(
         self,
-        params: Sequence[LocalParam],
         *,
         dp: Group,
         replicas: Group,
@@ -70,75 +69,118 @@ class ShardedState:
         pool: Pool | None = None,
         reduction: Reduction | None = None,
     ) -> None:
-        self._dp, self._replicas, self._tp, self._coord = dp, replicas, tp, coord
+        self.dp, self.replicas, self.tp, self.coord = dp, replicas, tp, coord
         self._tie_groups = tie_groups
         self._placement = placement
+        self._optimizer = optimizer
         self._device = device
         self.pool = pool
         self._reduction = reduction or Exact()
-        self._owned_runs: list[torch.Tensor] | None = None
         self.uses: dict[tuple[int, int], Accumulator] = {}
         """(unit, id(parameter)) -> its accumulator."""
         self.params: dict[str, LocalParam] = {}
         """By canonical name, in unit order; of tied uses the first on this rank."""
-        for p in params:
-            self.params.setdefault(p.name, p)
-        self._treatments = {n: optimizer.treatment(n, p.spec.global_shape) for n, p in self.params.items()}
-        self.buckets = tuple(
-            self._allocate(b, params)
-            for b in layout(self._entries(), bucket_numel=max(1, placement.bucket_bytes // 4), dp=dp.size)
-        )
+        self.treatments: dict[str, Treatment] = {}
+        self.missed: dict[str, int] = {}
+        """By canonical name, the steps of the run in which a parameter was not updated because it had no gradient
+        on any rank; 0 where not listed. The same on every rank that has the parameter. A rule counts the others."""
+        self._absent: frozenset[str] = frozenset()
+        self.buckets: tuple[BucketState, ...] = ()
+        self._numbers: tuple[list[Rule], list[Treatment]] = ([], [])
+        self._packer = Packer(max(1, placement.bucket_bytes // 4), dp.size)
+        self._waiting: dict[str, list[LocalParam]] = {}
+        """Uses of parameters that are in no bucket yet."""
+        self._made: list[tuple[tuple[int, int], BucketState]] = []
+        self._of_name: dict[str, BucketState] = {}
         self._of_unit: dict[int, list[BucketState]] = {}
-        for p in params:
-            state = next(b for b in self.buckets if p.name in b.uses)
-            if state.residency.params and state not in self._of_unit.setdefault(p.unit, []):
-                self._of_unit[p.unit].append(state)
 
     # -- building --------------------------------------------------------------------------------
 
-    def _entries(self) -> list[Entry]:
-        entries, rules, treatments = [], list[Rule](), list[Treatment]()
-        for name, p in self.params.items():
-            treatment = self._treatments[name]
-            rule = treatment.rule
-            if rule not in rules:
-                rules.append(rule)
-            if treatment not in treatments:
-                treatments.append(treatment)
-            dtype = str(p.param.dtype).removeprefix("torch.")
-            shape, tie = tuple(p.param.shape), p.tie is not None
-            number = treatments.index(treatment)
-            entries.append(Entry(name, p.unit, shape, dtype, tie, rules.index(rule), rule.reach is None, number))
-        return entries
+    def add(self, params: Sequence[LocalParam]) -> None:
+        """Take over all uses of the trainable parameters of a unit; units come in order.
 
-    def _allocate(self, bucket: Bucket, params: Sequence[LocalParam]) -> BucketState:
-        tied = any(self.params[s.name].tie is not None for s in bucket.slots)
-        rows = residency(self._placement, tied=tied, dp=self._dp.size)
+        Whenever enough of them for a bucket have come, it gets its memory, the parameters become views into it,
+        and what the placement shards is given back: so a model is built that as a whole would not fit.
+        """
+        entries = []
+        for p in params:
+            known = self._of_name.get(p.name)
+            if known is not None:
+                self._use(known, next(s for s in known.bucket.slots if s.name == p.name), p)
+                continue
+            if p.name not in self._waiting:
+                self.params[p.name] = p
+                entries.append(self._entry(p))
+            self._waiting.setdefault(p.name, []).append(p)
+        for run in self._packer.add(entries):
+            self._allocate(run)
+
+    def finish(self) -> list[BucketState]:
+        """All units have come: make the last buckets, and number them. Returns those that are new since the last
+        time: parameters that become trainable later get buckets of their own."""
+        for run in self._packer.close():
+            self._allocate(run)
+        new = [state for _, state in sorted(self._made, key=lambda made: made[0])]
+        for index, state in enumerate(new, len(self.buckets)):
+            state.bucket = replace(state.bucket, index=index)
+        self.buckets, self._made = (*self.buckets, *new), []
+        return new
+
+    def _entry(self, p: LocalParam) -> Entry:
+        rules, treatments = self._numbers
+        treatment = self.treatments[p.name] = self._optimizer.treatment(p.name, p.spec.global_shape)
+        rule = treatment.rule
+        if rule not in rules:
+            rules.append(rule)
+        if treatment not in treatments:
+            treatments.append(treatment)
+        parts = self.tp.size if p.spec.dim is not None else 1
+        return Entry(
+            name=p.name,
+            unit=p.unit,
+            shape=tuple(p.param.shape),
+            dtype=str(p.param.dtype).removeprefix("torch."),
+            tied=p.tie is not None,
+            rule=rules.index(rule),
+            whole=rule.reach is None,
+            treatment=treatments.index(treatment),
+            size=-(-math.prod(p.spec.global_shape) // parts),
+        )
+
+    def _allocate(self, run: Sequence[Entry]) -> None:
+        bucket = make_bucket(0, run, self.dp.size)
         state = allocate(
             bucket,
-            rows,
-            rank=self._dp.rank,
-            dp=self._dp.size,
-            treatments=self._treatments,
+            residency(self._placement, tied=run[0].tied, dp=self.dp.size),
+            rank=self.dp.rank,
+            dp=self.dp.size,
+            treatments=self.treatments,
             device=self._device,
         )
         for slot in bucket.slots:
-            self._adopt(state, slot, [p for p in params if p.name == slot.name])
+            uses = self._waiting.pop(slot.name)
+            state.params.tensor[slot.offset : slot.stop].view(slot.shape).copy_(uses[0].param.detach())
+            self._of_name[slot.name] = state
+            for use in uses:
+                self._use(state, slot, use)
         settle_down(state)
-        return state
+        self._made.append((place(run), state))
 
-    def _adopt(self, state: BucketState, slot: Slot, uses: Sequence[LocalParam]) -> None:
-        """Make the parameter a view of the flat buffer and give each use its accumulator."""
-        view = state.params.tensor[slot.offset : slot.stop].view(slot.shape)
-        view.copy_(uses[0].param.detach())
-        grad = state.grads.tensor[slot.offset : slot.stop].view(slot.shape)
-        for i, use in enumerate(uses):
-            use.param.data = view
-            if state.residency.params:
-                guard(use.param, slot.name, lambda: state.params.whole)
-            accumulator = Accumulator(slot.name, grad if i == 0 else torch.zeros_like(grad))
-            self.uses[use.unit, id(use.param)] = accumulator
-            state.uses.setdefault(slot.name, []).append(accumulator)
+    def _use(self, state: BucketState, slot: Slot, use: LocalParam) -> None:
+        """Make the parameter a view of the flat buffer, and give the use its accumulator."""
+        others = state.uses.setdefault(slot.name, [])
+        grad = state.grads.tensor
+        if others:  # of a tie, whose uses on a rank are one object
+            out = torch.zeros(slot.shape, dtype=grad.dtype, device=grad.device)
+        else:
+            use.param.data = state.params.tensor[slot.offset : slot.stop].view(slot.shape)
+            out = grad[slot.offset : slot.stop].view(slot.shape)
+        if state.residency.params:
+            guard(use.param, slot.name, lambda: state.params.whole)
+            if not any(known is state for known in self._of_unit.setdefault(use.unit, [])):
+                self._of_unit[use.unit].append(state)
+        self.uses[use.unit, id(use.param)] = accumulator = Accumulator(slot.name, out)
+        others.append(accumulator)
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -156,6 +198,9 @@ class ShardedState:
         for state in self.buckets:
             state.refresh()
             state.folded = False
+            for uses in state.uses.values():
+                for use in uses:
+                    use.written = False
 
     def end_step(self) -> None:
         """Wait until every rank's parameters are as the placement keeps them."""
@@ -200,18 +245,18 @@ class ShardedState:
         state.settle()
         self._sum_partial(state)
         state.reduced = True
-        if self._dp.size > 1:
+        if self.dp.size > 1:
             grads = state.grads.tensor
-            state.reduction = self._reduction.post(self._dp, grads[state.shard], grads, state.memory)
+            state.reduction = self._reduction.post(self.dp, grads[state.shard], grads, state.memory)
 
     def _sum_partial(self, state: BucketState) -> None:
         """Sum over tp the gradients of replicated parameters that saw only part of the sequence."""
         partial = [s for s in state.bucket.slots if self.params[s.name].spec.partial_grad]
-        if not partial or self._tp.size == 1:
+        if not partial or self.tp.size == 1:
             return
         views = [state.grads.tensor[s.offset : s.stop] for s in partial]
         packed = torch.cat(views)
-        self._tp.all_reduce(packed).wait()
+        self.tp.all_reduce(packed).wait()
         for view, part in zip(views, torch.split(packed, [v.numel() for v in views]), strict=True):
             view.copy_(part)
 
@@ -241,8 +286,8 @@ class ShardedState:
             state.reduction = None
         if state.reduced:
             state.reduced = False
-            if self._replicas.size > 1:
-                self._replicas.all_reduce(state.grads.tensor[state.shard]).wait()
+            if self.replicas.size > 1:
+                self.replicas.all_reduce(state.grads.tensor[state.shard]).wait()
 
     def wait_reduced(self) -> None:
         """Gradients are final: this rank's shards, or all of them where the update is not sharded."""
@@ -250,119 +295,78 @@ class ShardedState:
             self._finish_reduction(state)
             if state.residency.optimizer:
                 continue
-            if self._dp.size > 1:
-                self._dp.all_gather(state.grads.tensor, state.grad_shard).wait()
+            if self.dp.size > 1:
+                self.dp.all_gather(state.grads.tensor, state.grad_shard).wait()
             elif state.residency.each:
                 state.grads.tensor.copy_(state.grad_shard)
+
+    def present(self) -> list[bool]:
+        """Whether each parameter of ``params`` got a gradient on this rank in this step."""
+        return [any(use.written for use in self._of_name[name].uses[name]) for name in self.params]
+
+    def leave_out(self, absent: frozenset[str]) -> None:
+        """These had no gradient on any rank in a step that is not skipped: STEP does not touch them."""
+        self._absent = absent
+        for name in absent:
+            self.missed[name] = self.missed.get(name, 0) + 1
+
+    def skip(self) -> None:
+        """A gradient was not finite; in blocks of a compressed reduction that may have reached the padding."""
+        for state in self.buckets:
+            if state.grads.whole:
+                state.zero_padding()
 
     def _step(self, action: Action, step: StepState) -> None:
         if step.skipped:
             return
         state = self._bucket(action)
         grads, low = state.final_grads, state.low
-        for gap in state.padding:
-            grads[gap].zero_()
-        for s in state.segments:
-            s.treatment.rule.update(
-                state.master[s.span].view(s.shape),
-                grads[s.span].view(s.shape),
-                s.states,
+        for c in state.calls_of(self.missed, self._absent):
+            c.treatment.rule.update(
+                state.master[c.span].view(c.shape),
+                grads[c.span].view(c.shape),
+                c.states,
                 Hyper(
-                    lr=s.treatment.rate(step.step),
-                    step=step.step + 1,
-                    weight_decay=s.treatment.weight_decay,
+                    lr=c.treatment.rate(step.step),
+                    step=step.step + 1 - c.missed,
+                    weight_decay=c.treatment.weight_decay,
                     grad_scale=step.grad_scale,
                     pool=self.pool,
                 ),
-                None if low is None else low[s.span].view(s.shape),
+                None if low is None else low[c.span].view(c.shape),
             )
+            for one, others in c.copies:
+                others.copy_(one)
 
     def _unshard(self, action: Action, step: StepState) -> None:
         """Make room for a whole gradient, or post the gather of the parameters."""
         state = self._bucket(action)
         if action.subject.kind == "grads":
-            grads = state.grads.provide()
-            for gap in state.bucket.gaps:  # new memory holds anything, and a block of a reduction may reach into it
-                grads[gap].zero_()
-        elif self._dp.size > 1:
-            state.gather = self._dp.all_gather(state.params.provide(), state.param_shard)
+            state.grads.provide()
+            state.zero_padding()  # new memory holds anything
+        elif self.dp.size > 1:
+            state.gather = self.dp.all_gather(state.params.provide(), state.param_shard)
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Whole parameters for reading and writing between steps; collective over dp.
+    def gathered(self, names: Collection[str] | None = None) -> Iterator[None]:
+        """Whole parameters for reading and writing between steps; collective over dp. names: of those that are
+        wanted; None: all.
 
         What is written is kept: by the rank that owns the part, so every rank must write the same.
         """
-        everything = [s for s in self.buckets if s.residency.params]
-        for state in everything:
-            self._dp.all_gather(state.params.provide(), state.param_shard).wait()
+        wanted = [b for b in self.buckets if names is None or any(s.name in names for s in b.bucket.slots)]
+        for state in wanted:
+            if state.residency.params:
+                self.dp.all_gather(state.params.provide(), state.param_shard).wait()
         try:
             yield
         finally:
-            for state in self.buckets:
+            for state in wanted:
                 if state.residency.params:
                     state.param_shard.copy_(state.params.tensor[state.shard])
                     state.params.release()
                 if state.low is not None:
                     state.master.copy_(state.low)
-
-    # -- views for others ------------------------------------------------------------------------
-
-    def owned_gradients(self) -> list[tuple[str, torch.Tensor]]:
-        """The gradients this rank contributes to the global norm, by name and flat: its dp shard of every
-        parameter it is the first holder of (over tp for replicated, over pp for tied parameters)."""
-        return [
-            (piece.slot.name, state.grad_shard[piece.start - state.shard.start : piece.stop - state.shard.start])
-            for state, piece in self._owned_pieces()
-        ]
-
-    def owned_runs(self) -> list[torch.Tensor]:
-        """The same gradients as few tensors: neighbours without padding between them are one."""
-        if self._owned_runs is None:
-            runs: list[tuple[BucketState, int, int]] = []
-            for state, piece in self._owned_pieces():
-                if runs and runs[-1][0] is state and runs[-1][2] == piece.start:
-                    runs[-1] = (state, runs[-1][1], piece.stop)
-                else:
-                    runs.append((state, piece.start, piece.stop))
-            self._owned_runs = [s.grad_shard[lo - s.shard.start : hi - s.shard.start] for s, lo, hi in runs]
-        return self._owned_runs
-
-    def _owned_pieces(self) -> Iterator[tuple[BucketState, Piece]]:
-        if self._replicas.rank > 0:
-            return
-        for state in self.buckets:
-            for piece in pieces(state.bucket, self._dp.rank, self._dp.size):
-                p = self.params[piece.slot.name]
-                replicated = p.spec.dim is None
-                elsewhere = p.tie is not None and p.tie.coords[0] != self._coord
-                if not elsewhere and not (replicated and self._tp.rank > 0):
-                    yield state, piece
-
-    def whole(self, kind: str) -> dict[str, torch.Tensor]:
-        """Local (tp shard) tensors by name, whole over dp: ``params``, ``master`` or a state of the optimizer."""
-        out: dict[str, torch.Tensor] = {}
-        for state in self.buckets:
-            if kind not in ("params", "master"):
-                acc, sharded = state.grad_shard.dtype, state.residency.optimizer
-                out |= whole_states(
-                    state.bucket, state.states, kind, self._treatments, dp=self._dp, sharded=sharded, dtype=acc
-                )
-                continue
-            flat = self._gathered(state, kind)
-            for slot in state.bucket.slots:
-                out[slot.name] = flat[slot.offset : slot.stop].view(slot.shape)
-        return out
-
-    def _gathered(self, state: BucketState, kind: str) -> torch.Tensor:
-        if kind == "params" and state.params.whole:
-            return state.params.tensor
-        mine = state.param_shard if kind == "params" else state.master
-        if mine.numel() == state.bucket.numel:
-            return mine
-        full = mine.new_empty(state.bucket.numel)
-        self._dp.all_gather(full, mine.contiguous()).wait()
-        return full
 
 
 def _finish_gather(state: BucketState) -> None:

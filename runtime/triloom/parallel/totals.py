@@ -20,11 +20,17 @@ from ..groups.objects import gather_objects
 from ..scaling import Scaling, after, start
 from .executor import Handler, StepState
 from .norms import Clip, Pair
+from .presence import agree_on_layout
 from .sharded import ShardedState
+from .views import owned_gradients, owned_runs
+
+_NUMBERS = 4
+"""Loss, its weight, and the two parts of the norm."""
 
 
 class Totals:
-    """Agreement of all ranks once a step, in one small all_gather of four numbers a rank.
+    """Agreement of all ranks once a step, in one small all_gather: four numbers a rank, and a bit for each of its
+    parameters, whether it has a gradient.
 
     world: every rank; dp: this rank's data-parallel group; weigh: loss weight of one microbatch's
     targets, None where the loss unit is not; counts: whether this rank's loss counts (tp rank 0 of
@@ -47,6 +53,13 @@ class Totals:
         self._weigh, self._counts, self._clip = weigh, counts, clip
         self._rule = scaling
         self.scaling = start(scaling)
+        self.renew()
+
+    def renew(self) -> None:
+        """The parameters of the state are other ones now, on some rank; collective over the world."""
+        tie_of = {name: p.tie.index for name, p in self._state.params.items() if p.tie is not None}
+        self._presence = agree_on_layout(self._world, self._state.coord, list(self._state.params), tie_of)
+        self._runs = owned_runs(self._state)
 
     def handlers(self) -> dict[str, Handler]:
         return {"WEIGH": self._global_weight, "CLIP": self._norm_and_clip}
@@ -65,24 +78,28 @@ class Totals:
     def finish_evaluation(self, step: StepState) -> None:
         """Loss and weight of a forward-only program."""
         self._weigh_locally(step)
-        self._agree(step, [])
+        self._agree(step, [], [False] * len(self._state.params))
 
     def _norm_and_clip(self, action: Action, step: StepState) -> None:
         self._state.wait_reduced()
         norm, pool = self._clip.norm, self._state.pool
-        parts = [norm.part(grad, pool) for grad in self._state.owned_runs()]
-        scaled = norm.finish(self._agree(step, parts))
+        parts = [norm.part(grad, pool) for grad in self._runs]
+        joined, absent = self._agree(step, parts, self._state.present())
+        scaled = norm.finish(joined)
         step.scale = self.scaling.scale
         step.grad_norm = scaled / step.scale
         step.grad_scale = self._clip.factor(step.grad_norm) / step.scale
         step.skipped = not math.isfinite(scaled)
         self.scaling = after(self._rule, self.scaling, not step.skipped)
         if step.skipped:
+            self._state.skip()
             self._skip(step)
+        else:
+            self._state.leave_out(absent)
 
     def _skip(self, step: StepState) -> None:
         """Say who had the first bad gradient; end the training if there were too many in a row."""
-        mine = next((name for name, grad in self._state.owned_gradients() if not grad.isfinite().all()), None)
+        mine = next((name for name, grad in owned_gradients(self._state) if not grad.isfinite().all()), None)
         names = gather_objects(self._world, mine)
         found = [(r, name) for r, name in enumerate(names) if name is not None]
         where = f"in {found[0][1]} on rank {self._world.members[found[0][0]]}" if found else "only in the sum"
@@ -93,19 +110,23 @@ class Totals:
                 "lower the learning rate, check the data, or train in a wider dtype"
             )
 
-    def _agree(self, step: StepState, parts: Sequence[Pair]) -> Pair:
-        """Set the step's loss and weight on every rank; return all ranks' ``parts`` joined."""
-        mine = torch.zeros(4, dtype=torch.float64)
+    def _agree(self, step: StepState, parts: Sequence[Pair], present: Sequence[bool]) -> tuple[Pair, frozenset[str]]:
+        """Set the step's loss and weight on every rank; return all ranks' ``parts`` joined, and the parameters that
+        are present nowhere."""
+        numbers = torch.zeros(_NUMBERS, dtype=torch.float64)
         if self._counts:
-            mine[0] = sum(float(step.losses[mb]) for mb in sorted(step.losses))
-            mine[1] = sum(step.weights)
+            numbers[0] = sum(float(step.losses[mb]) for mb in sorted(step.losses))
+            numbers[1] = sum(step.weights)
         join = self._clip.norm.join
-        mine[2], mine[3] = join(parts)
-        everyone = mine.new_empty(self._world.size, 4)
+        numbers[2], numbers[3] = join(parts)
+        mine = torch.cat([numbers.view(torch.int64), self._presence.pack(present)])
+        everyone = mine.new_empty(self._world.size, mine.numel())
         self._world.all_gather(everyone, mine).wait()
-        loss, step.total_weight = _exact_sum(everyone[:, 0]), _exact_sum(everyone[:, 1])
+        floats = everyone[:, :_NUMBERS].contiguous().view(torch.float64)
+        loss, step.total_weight = _exact_sum(floats[:, 0]), _exact_sum(floats[:, 1])
         step.loss = loss / step.total_weight if step.total_weight else 0.0
-        return join([(high, low) for high, low in everyone[:, 2:].tolist()])
+        pairs = [(high, low) for high, low in floats[:, 2:].tolist()]
+        return join(pairs), self._presence.absent(everyone[:, _NUMBERS:])
 
 
 def _exact_sum(values: torch.Tensor) -> float:

@@ -21,10 +21,13 @@ class Accumulator:
     name: str
     out: torch.Tensor
     fresh: bool = True
+    written: bool = False
+    """Whether a gradient came in this step."""
 
     def write(self, writer: GradWriter) -> None:
         writer(self.out, not self.fresh)
         self.fresh = False
+        self.written = True
 
     def settle(self) -> torch.Tensor:
         """The sum; zeros if nothing was written in this step."""
