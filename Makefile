@@ -9,9 +9,12 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 PIP_FAILED := make setup: pip failed, see above. It needs a package index; PIP_INDEX_URL names another one.
 PART ?= build,test
 TESTS ?= tests/pure tests/ranks
+# Triton reads TRITON_INTERPRET when a kernel is decorated: what interprets and what compiles are processes of their own.
+INTERPRET := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpret
+COMPILE := TRITON_CACHE_DIR=build/triton $(BIN)/python -m pytest tests/kernels/compile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup launchers demo test test-full check bench gpu clean
+.PHONY: help setup launchers demo test test-full kernels-full check bench gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -50,11 +53,17 @@ $(LAUNCHERS)/%/ready: constraints.txt | $(DEPS)
 demo: setup  ## train a transformer on 4 ranks with dp, pp and tp (under three minutes)
 	$(BIN)/triloom demo
 
-test: setup $(LAUNCHERS)/mpich/ready  ## pure and rank tests
+test: setup $(LAUNCHERS)/mpich/ready  ## pure and rank tests; kernels interpreted, and compiled for three architectures
 	$(BIN)/python -m pytest -m "not full" $(TESTS)
+	$(INTERPRET) -m "not full"
+	$(COMPILE) -m "not full"
 
-test-full: setup launchers  ## the same with the full product of meshes and options
+test-full: setup launchers kernels-full  ## the same with the full product of meshes and options
 	$(BIN)/python -m pytest $(TESTS)
+
+kernels-full: setup  ## the kernel tests alone, every tuned configuration compiled
+	$(INTERPRET)
+	$(COMPILE)
 
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check .

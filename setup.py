@@ -84,7 +84,7 @@ setup(
     license="Apache-2.0",
     packages=[p for name, root in PRESENT.items() for p in find_packages(root, include=[name, f"{name}.*"])],
     package_dir={name: f"{root}/{name}" for name, root in PRESENT.items()},
-    package_data={"": ["py.typed", "*.pyi", "*.toml"]},
+    package_data={"": ["py.typed", "*.pyi", "*.toml"], "triloom_kernels": ["tuning/*.json"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": ParallelBuild},
     zip_safe=False,

@@ -51,12 +51,12 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = launch.kernel.arg_names
+    names, parameters = launch.kernel.arg_names, launch.kernel.params
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for place, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
-        signature[name], divisible = _type_of(value)
+        signature[name], divisible = _type_of(value, special=not parameters[place].do_not_specialize)
         if signature[name] == "constexpr":
             constants[name] = value
         if divisible:
@@ -69,16 +69,16 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _type_of(value: Any) -> tuple[str, bool]:
-    """Triton's type of an argument, and whether it is known to be divisible by 16."""
+def _type_of(value: Any, *, special: bool) -> tuple[str, bool]:
+    """Triton's type of an argument, and whether it is told to be divisible by 16. special: its value may be told."""
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype], True
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):
-        if value == 1:
+        if value == 1 and special:
             return "constexpr", False
-        return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+        return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0 and special
     return ("constexpr" if value is None else "fp32"), False
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ except ModuleNotFoundError:  # pragma: no cover - depends on what is installed
     from . import without_triton as triton
     from .without_triton import tl
 
-__all__ = ["Launch", "Recorder", "launch", "recording", "tl", "triton"]
+__all__ = ["Launch", "Recorder", "architecture", "launch", "recording", "tl", "triton"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Recorder:
 
 
 _recorder: ContextVar[Recorder | None] = ContextVar("triloom_kernels_recorder", default=None)
+_interpreter = Lock()
+"""Triton's interpreter replaces parts of ``triton.language`` while a kernel runs: one kernel at a time."""
 
 
 @contextmanager
@@ -60,12 +64,19 @@ def recording(arch: int) -> Iterator[Recorder]:
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability times ten; what is recorded for on meta, 0 for the interpreter on the CPU."""
+    """Compute capability times ten; what is recorded for on meta, 0 for the interpreter and where no GPU is."""
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
+        return _capability(device)
     recorder = _recorder.get()
     return recorder.arch if recorder is not None and device.type == "meta" else 0
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    if not torch.cuda.is_available():  # estimates run on tensors that only say they are on a GPU
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def launch(
@@ -73,13 +84,14 @@ def launch(
 ) -> None:
     """``kernel[grid](*arguments, **options)`` on the device of the first tensor among the arguments.
 
-    On meta tensors nothing is computed, as everywhere in torch; a :func:`recording` notes it. An empty grid launches
-    nothing. Costs about a microsecond beyond Triton's own launch.
+    On tensors without memory (meta, fake) nothing is computed, as everywhere in torch; a :func:`recording` notes what
+    is launched on meta. An empty grid launches nothing. Costs about a microsecond beyond Triton's own launch.
     """
-    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-    if device.type == "meta":
+    first = next(a for a in arguments if isinstance(a, torch.Tensor))
+    device = first.device
+    if first.untyped_storage().device.type == "meta":
         recorder = _recorder.get()
-        if recorder is not None:
+        if recorder is not None and device.type == "meta":
             recorder.launches.append(Launch(kernel, arguments, options))
         return
     if not callable(grid) and 0 in grid:
@@ -87,5 +99,8 @@ def launch(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*arguments, **options)
-        return
-    kernel[grid](*arguments, **options)
+    elif device.type == "cuda":
+        kernel[grid](*arguments, **options)
+    else:
+        with _interpreter:
+            kernel[grid](*arguments, **options)

@@ -7,6 +7,8 @@ Gradients, with p = g * x (element-wise), over rows of width h:
 
     dw = sum_rows p * rstd
     dx = rstd * (g * w - x * rstd^2 * (p . w) / h)
+
+The kernels are those of :mod:`triloom_kernels.normalising`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .normalising import Normalise
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension.
@@ -25,6 +29,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     fp32. Keeps x and one number per row for the backward.
     """
     out: Tensor = RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``(total, rms_norm(total))`` of ``total = residual + x``; all but the weight ``[..., h]``."""
+    total = residual + x
+    return total, rms_norm(total, weight, eps)
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As :func:`rms_norm`: one launch forward, two backward. Copies x where its leading dimensions do not fold."""
+    out: Tensor = Normalise.apply(x, None, weight, None, eps, False)  # type: ignore[no-untyped-call]
+    return out
+
+
+def rms_norm_residual_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As :func:`rms_norm_residual`, in as many launches as without the sum, which is rounded before it is used."""
+    out: tuple[Tensor, Tensor] = Normalise.apply(x, residual, weight, None, eps, False)  # type: ignore[no-untyped-call]
     return out
 
 

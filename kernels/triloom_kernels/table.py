@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from .gelu import gelu
-from .layer_norm import layer_norm
-from .rms_norm import rms_norm
+from .layer_norm import layer_norm, layer_norm_residual, layer_norm_residual_triton, layer_norm_triton
+from .rms_norm import rms_norm, rms_norm_residual, rms_norm_residual_triton, rms_norm_triton
 from .rope import split_rotate
 from .swiglu import swiglu
 
@@ -23,13 +23,20 @@ Function = Callable[..., Any]
 EAGER: Mapping[str, Function] = {
     "gelu": gelu,
     "layer_norm": layer_norm,
+    "layer_norm_residual": layer_norm_residual,
     "rms_norm": rms_norm,
+    "rms_norm_residual": rms_norm_residual,
     "split_rotate": split_rotate,
     "swiglu": swiglu,
 }
 """In torch operations: any device, the references of the others."""
 
-TRITON: Mapping[str, Function] = {}
+TRITON: Mapping[str, Function] = {
+    "layer_norm": layer_norm_triton,
+    "layer_norm_residual": layer_norm_residual_triton,
+    "rms_norm": rms_norm_triton,
+    "rms_norm_residual": rms_norm_residual_triton,
+}
 """Kernels; same arguments and results as the eager function of the same name."""
 
 

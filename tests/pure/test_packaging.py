@@ -92,7 +92,7 @@ def setup_py(folder: Path, *commands: str) -> Path:
 
 def sources(package: str, root: str) -> set[str]:
     """Everything of a package that has to be installed, as paths inside a wheel."""
-    kept = {".py", ".pyi", ".toml", ".typed"}
+    kept = {".py", ".pyi", ".toml", ".typed", ".json"}
     found = (ROOT / root / package).rglob("*")
     return {str(path.relative_to(ROOT / root)) for path in found if path.suffix in kept}
 
