@@ -86,7 +86,7 @@ def run_train(words: Sequence[str]) -> int:
     from . import boot
     from .dryrun import describe
     from .together import SetupError, together
-    from .train import prepare, train
+    from .train import prepare_together, train
 
     options, loaded, error = _read(words)
     if options.ranks is not None:
@@ -95,7 +95,7 @@ def run_train(words: Sequence[str]) -> int:
         try:
             together(world.group, lambda: _raise(error))
             if options.dry_run:
-                job = together(world.group, lambda: prepare(loaded.config, world.size, loaded.sources))
+                job = prepare_together(loaded.config, world, loaded.sources, sys.stderr, checked=False)
                 if world.rank == 0:
                     print(describe(job))
                 return OK

@@ -22,13 +22,14 @@ def describe(job: Job) -> str:
 def _plan_lines(job: Job) -> Iterator[str]:
     plan, config = job.plan, job.plan.config
     share = config.train.batch // plan.dp
-    windows = job.data.train.count
+    samples = config.train.steps * config.train.batch
     yield f"model: {plan.decoder.parameters:,} parameters"
-    yield f"data: {job.corpus.name}, {len(job.corpus.tokens):,} bytes, {windows:,} windows of {config.model.seq} tokens"
+    yield f"data: {job.data.about}"
+    for name, windows, epochs in job.data.train.epochs(samples):
+        yield f"  {epochs:.2g} epochs of {windows:,} windows of {config.model.seq} tokens: {name}"
     yield (
-        f"run: {config.train.steps} steps of {config.train.batch} samples = {plan.tokens_per_step:,} tokens, "
-        f"{config.train.steps * config.train.batch / windows:.2g} epochs; {share} samples a dp rank in "
-        f"{plan.microbatches} microbatches"
+        f"run: {config.train.steps} steps of {config.train.batch} samples = {plan.tokens_per_step:,} tokens; "
+        f"{share} samples a dp rank in {plan.microbatches} microbatches"
     )
     yield ""
     yield f"mesh: {plan.mesh}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from .actions import Program
 from .config import Config
-from .config.schema import OPTIMIZER_KEYS, OPTIMIZERS, WHOLE_TENSORS, ModelConfig, PlacementConfig
+from .config.schema import OPTIMIZER_KEYS, OPTIMIZERS, WHOLE_TENSORS, DataConfig, ModelConfig, PlacementConfig
 from .config.show import plain
 from .errors import ConfigError, MeshError
 from .mesh import Mesh, check_divides, make_mesh
@@ -159,9 +159,28 @@ def _optimizer(c: Config) -> str | None:
 def _evaluation(c: Config) -> str | None:
     if c.train.eval_every and not c.train.eval_batches:
         return "evaluations need batches; raise eval_batches, or set eval_every to 0"
-    if c.train.eval_batches and not c.data.held_out:
+    if c.train.eval_batches and not held_out(c.data) and c.data.validation is None:
         return "nothing is held out to evaluate on; raise data.held_out, or set train.eval_batches to 0"
     return None
+
+
+def _sources(c: Config) -> str | None:
+    d = c.data
+    if d.path is not None and d.paths is not None:
+        return "these are two answers to the same question; leave one out"
+    if d.weights is not None and len(d.weights) != len(d.paths or ()):
+        return f"{len(d.weights)} weights for {len(d.paths or ())} paths; give one each, or leave the weights out"
+    return "no path is given; name one, or leave it out" if d.paths == () else None
+
+
+def _validation(c: Config) -> str | None:
+    both = c.data.validation is not None and c.data.held_out
+    return "the validation file is what is evaluated; leave held_out out" if both else None
+
+
+def _vocab(c: Config) -> str | None:
+    unused = c.data.vocab is not None and c.data.tokenizer != "bpe"
+    return "a vocabulary is trained for tokenizer = bpe only; leave vocab out" if unused else None
 
 
 def _overwrite(c: Config) -> str | None:
@@ -201,6 +220,9 @@ RULES: tuple[tuple[Keys, Callable[[Config], str | None]], ...] = (
     (("optim.decay", "optim.lr", "optim.min_lr", "optim.warmup", "optim.steps", "optim.cooldown"), _rates),
     (("optim.kind", *(f"optim.{name}" for name in OPTIMIZER_KEYS)), _optimizer),
     (("train.eval_every", "train.eval_batches", "data.held_out"), _evaluation),
+    (("data.path", "data.paths", "data.weights"), _sources),
+    (("data.validation", "data.held_out"), _validation),
+    (("data.tokenizer", "data.vocab"), _vocab),
     (("run.dir", "run.overwrite"), _overwrite),
     (("schedule.kind", "schedule.file"), _one_schedule),
     (("parallel.tp", "parallel.sequence", "model.seq"), _sequence),
@@ -317,6 +339,7 @@ def _fill(config: Config, mesh: Mesh, data_vocab: int, program: Program | None) 
             tied=decoder.tied,
             bias=decoder.bias,
         ),
+        data=replace(config.data, held_out=held_out(config.data)),
         parallel=replace(config.parallel, dp=dp),
         schedule=replace(
             s, kind=s.kind or ("1f1b" if program is None else None), microbatches=s.microbatches or microbatches
@@ -330,6 +353,12 @@ def _fill(config: Config, mesh: Mesh, data_vocab: int, program: Program | None) 
             **special,
         ),
     )
+
+
+def held_out(d: DataConfig) -> float:
+    """The part of each source that is kept for evaluation."""
+    default = 0.01 if d.validation is None else 0.0
+    return default if d.held_out is None else d.held_out
 
 
 def decoder_config(m: ModelConfig, data_vocab: int) -> DecoderConfig:

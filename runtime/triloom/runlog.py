@@ -17,15 +17,18 @@ import torch
 from . import __version__
 from .boot import World
 from .config import to_toml
+from .data import Data
+from .data.tokenizers import CHARACTERS, TOKENIZER
 from .engine import Metrics
 from .errors import ConfigError
+from .evaluation import NOT_EVALUATED, Evaluation
 from .liveline import LiveLine, Pace, duration, plural
 from .measured import Figures
 from .plan import Plan
 from .plot import PlotUnavailableError, plot_losses
 from .sinks import Sink, close_sinks, open_sinks
 
-FILES = ("config.toml", "metrics.jsonl", "timeline.json", "loss.svg", "loss.png")
+FILES = ("config.toml", "metrics.jsonl", "timeline.json", "loss.svg", "loss.png", CHARACTERS, TOKENIZER)
 """Everything a run writes; ``run.overwrite`` removes these and nothing else."""
 
 
@@ -109,12 +112,18 @@ class Result:
     folder: Path | None
     first_loss: float
     last_loss: float
-    held_out_loss: float | None
+    evaluation: Evaluation | None
+    """The last evaluation; None if there was none."""
     seconds: float
     peak_bytes: tuple[dict[str, int], ...]
     """Highest bytes by class of memory, and of all together (``total``), for every rank."""
     foreseen: str = ""
     """How near the estimate of the memory came; of rank 0."""
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """Of the last evaluation."""
+        return None if self.evaluation is None else self.evaluation.loss
 
 
 class Log(Protocol):
@@ -128,7 +137,7 @@ class Log(Protocol):
         metrics: Metrics,
         seconds: float,
         memory: Mapping[str, int],
-        held_out: float | None,
+        evaluation: Evaluation | None,
         pipeline: Figures | None = None,
     ) -> None: ...
 
@@ -149,7 +158,7 @@ class Silent:
         metrics: Metrics,
         seconds: float,
         memory: Mapping[str, int],
-        held_out: float | None,
+        evaluation: Evaluation | None,
         pipeline: Figures | None = None,
     ) -> None: ...
 
@@ -183,7 +192,7 @@ class RunLog(AbstractContextManager["RunLog"]):
         metrics: Metrics,
         seconds: float,
         memory: Mapping[str, int],
-        held_out: float | None,
+        evaluation: Evaluation | None,
         pipeline: Figures | None = None,
     ) -> None:
         self._tokens += self._plan.tokens_per_step
@@ -199,7 +208,7 @@ class RunLog(AbstractContextManager["RunLog"]):
             "tokens_per_s": speed,
             "step_ms": seconds * 1e3,
             "peak_bytes": dict(memory),
-            "held_out_loss": held_out,
+            **(NOT_EVALUATED if evaluation is None else evaluation.as_dict()),
             "pipeline": None if pipeline is None else pipeline.as_dict(),
         }
         for sink in self._sinks:
@@ -207,8 +216,9 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._line.step(metrics.step + 1, metrics.loss, speed, self._pace.left(metrics.step + 1, seconds))
         if metrics.skipped:
             self._line.say(f"skipped, no weight changed: {metrics.note}")
-        if held_out is not None:
-            self._line.say(f"held-out loss {held_out:.4f} after {plural(metrics.step + 1, 'step')}")
+        if evaluation is not None:
+            after = plural(metrics.step + 1, "step")
+            self._line.say(f"held-out loss {evaluation.loss:.4f} after {after}: {evaluation}")
 
     def finish(self, result: Result) -> None:
         speed = self._tokens / result.seconds
@@ -238,6 +248,13 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._line.close()
         self._metrics.__exit__(None, None, None)
         close_sinks(self._sinks)
+
+
+def keep_tokenizer(data: Data, folder: Path | None) -> None:
+    """Write the tokenizer, if it is a file, to the run directory ``folder`` (None on ranks that have none)."""
+    file = None if data.tokenizer is None else data.tokenizer.file
+    if folder is not None and file is not None:
+        (folder / file[0]).write_text(file[1], encoding="utf-8")
 
 
 def open_log(plan: Plan, data: str, world: World, out: TextIO, sinks: Sequence[Sink] = ()) -> Log:

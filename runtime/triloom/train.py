@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TextIO
@@ -19,9 +18,10 @@ import torch
 from .boot import World
 from .config import Config
 from .config.show import plain
-from .data import Batch, Corpus, Split, Windows, open_corpus, split
+from .data import Batch, Data, Feed, Tokenised, cut, find, open_found
 from .engine import Engine
-from .errors import ProgramError
+from .errors import ConfigError, ProgramError
+from .evaluation import Evaluation, HeldOut
 from .foreseen import compared
 from .groups.nccl_world import device_world
 from .groups.objects import gather_objects
@@ -29,14 +29,15 @@ from .models import Model, decoder
 from .optim.configured import make_optimizer as make_optimizer
 from .parallel.executor import Recorder
 from .parallel.reduction import REDUCTIONS
-from .plan import Plan, make_plan
+from .plan import Plan, held_out, make_plan
 from .program_file import check, has_state
-from .runlog import Log, Result, check_run_dir, open_log
+from .runlog import Log, Result, check_run_dir, keep_tokenizer, open_log
 from .scaling import dynamic, fixed
 from .sinks import Sink, check_sinks
 from .spans import spans_on
 from .timing import Timing, make_timing
 from .together import agree_on, together
+from .tokenising import cache_folder, tokenise_here, tokenise_together
 from .topology import describe_placement
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -47,21 +48,70 @@ class Job:
     """Everything about a run that one rank can know without asking the others."""
 
     plan: Plan
-    corpus: Corpus
-    data: Split
+    data: Data
     model: Model
 
+    def batch(self, step: int, rank: int) -> Batch:
+        """Inputs and targets that a rank has of the batch number ``step``: the data position of a run in batches."""
+        return self.data.train.batch(step, self.plan.config.train.batch, self.plan.dp, self._dp_rank(rank))
 
-def prepare(config: Config, world_size: int, sources: Mapping[str, str] | None = None) -> Job:
-    """Check everything and open the data, allocating nothing. Raises ConfigError with every problem found."""
-    corpus = open_corpus(config.data.path)
-    plan = make_plan(config, world_size, data_vocab=corpus.vocab, sources=sources)
+    def feed(self, rank: int, first: int = 0) -> Feed:
+        """The batches of a rank one after the other, from sample ``first`` on: ``Feed.position`` of an earlier run."""
+        config, dp = self.plan.config, self.plan.dp
+        return Feed(
+            self.data.train,
+            config.train.batch,
+            dp=dp,
+            dp_rank=self._dp_rank(rank),
+            first=first,
+            ahead=config.data.prefetch,
+        )
+
+    def held_out(self, rank: int) -> HeldOut:
+        """What an evaluation runs over."""
+        t = self.plan.config.train
+        return HeldOut(self.data, t.batch, t.eval_batches, self.plan.dp, self._dp_rank(rank))
+
+    def _dp_rank(self, rank: int) -> int:
+        return self.plan.mesh.coords(rank)["dp"]
+
+
+def prepare(
+    config: Config,
+    world_size: int,
+    sources: Mapping[str, str] | None = None,
+    tokenised: Callable[[], Tokenised | None] | None = None,
+) -> Job:
+    """Check everything and open the data, allocating nothing. Raises ConfigError with every problem found.
+
+    tokenised: gives what was made of text that must be tokenised first; none: it is done here if there is some.
+    """
+    make_plan(config, world_size, data_vocab=_least_vocab(config), sources=sources)  # before anything that takes long
+    ready = tokenise_here(config, sys.stderr) if tokenised is None else tokenised()
+    opened = open_found(config.data, find(config.data), cache_folder(config), ready)
+    vocab = opened.vocab or config.model.vocab
+    if vocab is None:
+        name = opened.train[0].name
+        raise ConfigError(f"{name} is token ids, and does not say how many there are; set model.vocab")
+    plan = make_plan(config, world_size, data_vocab=vocab, sources=sources)
     if not has_state(plan.order):
         with _naming_file(plan):
             check(plan.order)  # now, without a world; the engine proves it again with the actions on state
-    config = plan.config
-    data = split(corpus, seq=config.model.seq, seed=config.data.seed, held_out=config.data.held_out)
-    return Job(plan, corpus, data, decoder(plan.decoder))
+    d = config.data
+    data = cut(
+        opened,
+        seq=config.model.seq,
+        seed=d.seed,
+        vocab=plan.decoder.vocab,
+        held_out=held_out(d),
+        weights=d.weights,
+    )
+    return Job(plan, data, decoder(plan.decoder))
+
+
+def _least_vocab(config: Config) -> int:
+    """A vocabulary to plan with before the data says its own: it must not be the reason of a refusal."""
+    return config.model.vocab or 2
 
 
 @contextmanager
@@ -88,7 +138,7 @@ def train(
     rank 0 (``triloom.sinks``). Raises SetupError on every rank if the run
     cannot start, DivergedError on every rank if the gradient stops being finite.
     """
-    job = together(world.group, lambda: _prepare_rank(config, world, sources))
+    job = prepare_together(config, world, sources, out or sys.stdout)
     agree_on(world.group, _must_agree(job), "start every rank with the same configuration and data")
     placed = describe_placement(world.group, job.plan.mesh, world.topology)
     if placed and world.rank == 0:
@@ -97,8 +147,8 @@ def train(
     with _naming_file(job.plan):
         engine = make_engine(job, world, spans)
     timing = make_timing(engine, spans, world.group, job.plan.config.run.timeline)
-    data = f"{job.corpus.name}, {len(job.corpus.tokens):,} bytes"
-    log = together(world.group, lambda: open_log(job.plan, data, world, out or sys.stdout, sinks))
+    log = together(world.group, lambda: open_log(job.plan, job.data.about, world, out or sys.stdout, sinks))
+    keep_tokenizer(job.data, log.folder)
     with log:
         result = Loop(job, engine, log, world, timing).run()
     # Not after an error: releasing a group may wait for ranks that wait for this one.
@@ -106,16 +156,29 @@ def train(
     return result
 
 
-def _prepare_rank(config: Config, world: World, sources: Mapping[str, str] | None) -> Job:
-    if world.rank == 0:
-        check_run_dir(config.run.dir, config.run.overwrite)
-        check_sinks(config.log)
-    return prepare(config, world.size, sources)
+def prepare_together(
+    config: Config, world: World, sources: Mapping[str, str] | None, out: TextIO, *, checked: bool = True
+) -> Job:
+    """:func:`prepare` on all ranks of ``world``, collective: one rank of each host tokenises, if that is needed.
+
+    checked: look at the run directory and the sinks as well. Raises SetupError on every rank.
+    """
+
+    def first() -> None:
+        if world.rank == 0 and checked:
+            check_run_dir(config.run.dir, config.run.overwrite)
+            check_sinks(config.log)
+        make_plan(config, world.size, data_vocab=_least_vocab(config), sources=sources)
+
+    together(world.group, first)
+    tokenised = tokenise_together(config, world, out)
+    return together(world.group, lambda: prepare(config, world.size, sources, lambda: tokenised))
 
 
 def _must_agree(job: Job) -> dict[str, str]:
     """Everything that ranks must have in common; run.* concerns rank 0 alone, train.threads and paths each host."""
-    own = (("train", "threads"), ("data", "path"), ("schedule", "file"))
+    paths = ("path", "paths", "validation", "tokenizer", "cache")
+    own = (("train", "threads"), ("schedule", "file"), *(("data", name) for name in paths))
     values = {
         f"{section}.{name}": plain(value)
         for section, part in asdict(job.plan.config).items()
@@ -125,7 +188,7 @@ def _must_agree(job: Job) -> dict[str, str]:
     values["run.timeline"] = plain(job.plan.config.run.timeline)  # all ranks measure, or none
     order = job.plan.order
     values["the program"] = f"{order.name}, {sum(map(len, order.ranks))} actions, {crc32(order.to_csv().encode()):08x}"
-    return values | {"the data": f"{len(job.corpus.tokens)} bytes, digest {job.corpus.digest():016x}"}
+    return values | {"the data": job.data.digest}
 
 
 def make_engine(job: Job, world: World, record: Recorder | None = None) -> Engine:
@@ -157,48 +220,37 @@ class Loop:
     def __init__(self, job: Job, engine: Engine, log: Log, world: World, timing: Timing) -> None:
         self._config = job.plan.config
         self._plan = job.plan
-        self._data = job.data
+        self._job = job
         self._engine = engine
         self._log = log
         self._world = world
         self._timing = timing
-        self._dp_rank = job.plan.mesh.coords(world.rank)["dp"]
 
     def run(self) -> Result:
         begin = time.perf_counter()
         losses: list[float] = []
-        held_out: float | None = None
-        for batch in itertools.count():  # a skipped step uses up its batch, and is not counted
-            if self._engine.steps == self._config.train.steps:
-                break
-            start = time.perf_counter()
-            metrics = self._engine.step(*self._batch(self._data.train, batch))
-            seconds = time.perf_counter() - start
-            pipeline = self._timing.step(metrics.step)
-            losses.append(metrics.loss)
-            evaluated = not metrics.skipped and self._due(metrics.step)
-            held_out = self._evaluate() if evaluated else held_out
-            self._log.step(metrics, seconds, self._engine.memory().shown, held_out if evaluated else None, pipeline)
+        held_out = self._job.held_out(self._world.rank)
+        evaluation: Evaluation | None = None
+        with self._job.feed(self._world.rank) as feed:
+            while self._engine.steps < self._config.train.steps:  # a skipped step is not counted, but uses up its batch
+                start = time.perf_counter()
+                metrics = self._engine.step(*feed.next())
+                seconds = time.perf_counter() - start
+                pipeline = self._timing.step(metrics.step)
+                losses.append(metrics.loss)
+                due = not metrics.skipped and self._due(metrics.step)
+                evaluation = held_out.run(self._engine) if due else evaluation
+                memory_now = self._engine.memory().shown
+                self._log.step(metrics, seconds, memory_now, evaluation if due else None, pipeline)
         spent = time.perf_counter() - begin
         memory = gather_objects(self._world.group, self._engine.memory().shown)
         self._timing.finish(self._log.folder)
         foreseen = "" if self._world.rank else compared(self._plan, self._engine.optimizer, memory, self._world.device)
-        result = Result(self._log.folder, losses[0], losses[-1], held_out, spent, tuple(memory), foreseen)
+        result = Result(self._log.folder, losses[0], losses[-1], evaluation, spent, tuple(memory), foreseen)
         self._log.finish(result)
         return result
-
-    def _batch(self, windows: Windows, step: int) -> Batch:
-        return windows.batch(step, self._config.train.batch, self._plan.dp, self._dp_rank)
 
     def _due(self, step: int) -> bool:
         t = self._config.train
         last = step + 1 == t.steps
         return t.eval_batches > 0 and (last or (t.eval_every > 0 and (step + 1) % t.eval_every == 0))
-
-    def _evaluate(self) -> float:
-        """Mean loss over the same held-out batches every time."""
-        windows = self._data.held_out
-        if windows is None:
-            raise TypeError("nothing is held out; make_plan refuses evaluations then")
-        count = self._config.train.eval_batches
-        return sum(self._engine.evaluate(*self._batch(windows, i)).loss for i in range(count)) / count

@@ -12,6 +12,7 @@ import pytest
 from harness import launch
 from triloom.boot import World
 from triloom.config import Config, load
+from triloom.data.tokenizers import CHARACTERS, TOKENIZER
 from triloom.runlog import FILES, Result
 from triloom.together import SetupError
 from triloom.train import train
@@ -28,6 +29,8 @@ KEYS = {
     "step_ms",
     "peak_bytes",
     "held_out_loss",
+    "held_out_perplexity",
+    "held_out_bits_per_byte",
     "pipeline",
 }
 TRAIN = [sys.executable, "-m", "triloom", "train"]
@@ -75,7 +78,8 @@ def test_a_run_leaves_every_promised_number(tmp_path: Path) -> None:
         assert set(r) == KEYS
         assert all(
             isinstance(r[key], (int, float)) and r[key] >= 0
-            for key in KEYS - {"peak_bytes", "held_out_loss", "pipeline"}
+            for key in KEYS - {"peak_bytes", "pipeline"}
+            if not (key.startswith("held_out") and r["step"] < 3)
         )
         assert r["tokens"] == (r["step"] + 1) * 8 * 16
         assert r["tokens_per_s"] == pytest.approx(8 * 16 / r["step_ms"] * 1e3)
@@ -93,7 +97,7 @@ def test_a_run_leaves_every_promised_number(tmp_path: Path) -> None:
     except ImportError:
         assert "matplotlib is not installed" in done.stdout
     else:
-        assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+        assert sorted(p.name for p in folder.iterdir()) == sorted(set(FILES) - {CHARACTERS, TOKENIZER})
 
 
 def test_an_error_that_every_rank_finds_is_told_once() -> None:
@@ -148,7 +152,7 @@ def test_ranks_with_different_text_are_refused(world: World, tmp_path: Path) -> 
         text = Path(load([], path).config.data.path or "")
         text.write_text(text.read_text().replace("fox", "dog"))
     config: Config = load([], path).config
-    with pytest.raises(SetupError, match="the ranks disagree on the data: rank 0: 8800 bytes"):
+    with pytest.raises(SetupError, match="the ranks disagree on the data: rank 0: 8800 tokens"):
         train(config, world, out=io.StringIO())
 
 

@@ -20,6 +20,7 @@ from .rules import Rule, above, at_least, between, check, each, kind_of, one_of
 SHAPES = ("llama", "gpt2")
 TRAINING_SCHEDULES = tuple(name for name in SCHEDULES if name != "forward")
 DTYPES = ("float32", "float64", "bfloat16")
+TOKEN_DTYPES = ("uint16", "uint32")
 DECAYS = ("cosine", "constant", "wsd")
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "adamw": {"betas": (0.9, 0.95), "eps": 1e-8},
@@ -86,15 +87,38 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """The text that is trained on, as bytes."""
+    """The text or the tokens that are trained on."""
 
     path: str | None = None
-    """Text file, or folder whose files are joined in sorted order (hidden files left out);
+    """Text file; folder whose files are joined in sorted order (hidden files left out); flat file of token ids
+    (.bin, as nanoGPT writes it); or Megatron's pair of .bin and .idx (either, or their common prefix).
     none: the sources of this Python's standard library, read in place."""
+    paths: tuple[str, ...] | None = None
+    """Several sources instead of one data.path."""
+    weights: Annotated[tuple[float, ...] | None, each(above(0))] = None
+    """Share of each of data.paths among the samples, in any unit; none: all windows of all of them once an epoch."""
+    validation: str | None = None
+    """A source of its own to evaluate on, instead of a part of the others."""
+    held_out: Annotated[float | None, between(0, 1)] = None
+    """Part of each source, at its end, that is kept for evaluation and never trained on; none: 0.01, or 0 with
+    data.validation."""
+    tokenizer: str = "byte"
+    """How text becomes tokens. byte. char: every character that occurs. bpe: byte-pair encoding trained on the text
+    (needs tokenizers: pip install 'triloom[data]'). Otherwise the path of a tokenizer.json or of a run's
+    characters.json. What is made from the text is kept in the run directory."""
+    vocab: Annotated[int | None, at_least(257)] = None
+    """Tokens of the vocabulary that bpe trains, all bytes among them; none: 4096."""
+    token_dtype: Annotated[str | None, one_of(TOKEN_DTYPES)] = None
+    """Type of the ids in flat token files, little-endian; none: uint16, which is nanoGPT's."""
+    eos: Annotated[int | None, at_least(0)] = None
+    """Id of a token to put after every document of Megatron files, and after every file of text with a
+    tokenizer.json; none: nothing after the former, and after the latter <|endoftext|> if the vocabulary has it."""
+    cache: str | None = None
+    """Folder for tokenised text, which is found again by its content; none: tokens, beside the run directory."""
+    prefetch: Annotated[int, at_least(0)] = 2
+    """Batches that a thread cuts ahead of their use; 0: no thread. Changes no batch."""
     seed: int = 0
     """Seed of the order of samples."""
-    held_out: Annotated[float, between(0, 1)] = 0.01
-    """Part of the text, at its end, that is kept for evaluation and never trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +235,7 @@ class TrainConfig(Section):
     eval_every: Annotated[int, at_least(0)] = 0
     """Steps between evaluations on the held-out text; 0: once, at the end."""
     eval_batches: Annotated[int, at_least(0)] = 4
-    """Batches of one evaluation; 0: no evaluation."""
+    """Batches of one evaluation, at most all that is held out; 0: no evaluation."""
     threads: Annotated[int | None, at_least(1)] = None
     """CPU threads of a rank; none: the cores this process may use, shared among the ranks of the host."""
     deadline: Annotated[float, above(0)] = 600.0

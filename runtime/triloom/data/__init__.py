@@ -1,6 +1,23 @@
-"""Text in, batches out."""
+"""Text or tokens in, batches out."""
 
-from .batches import Batch, Split, Windows, split
-from .corpus import Corpus, open_corpus
+from .batches import Batch, Blend, Samples, Stretch, Windows
+from .prefetch import Feed
+from .sources import Sources, Tokenised, find, is_long, open_found, tokenise
+from .split import Data, cut
 
-__all__ = ["Batch", "Corpus", "Split", "Windows", "open_corpus", "split"]
+__all__ = [
+    "Batch",
+    "Blend",
+    "Data",
+    "Feed",
+    "Samples",
+    "Sources",
+    "Stretch",
+    "Tokenised",
+    "Windows",
+    "cut",
+    "find",
+    "is_long",
+    "open_found",
+    "tokenise",
+]
