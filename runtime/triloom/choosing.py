@@ -1,4 +1,4 @@
-"""``schedule="auto"``: the first steps are measured, then the shortest program found for what they took replaces theirs.
+"""``schedule="auto"``: the first steps are measured, then the shortest program found for their times replaces theirs.
 
 The stages stay where they are, so that the search looks at programs with one stage a rank. Which program runs does
 not change a bit of losses and weights, so that it may change between two steps.
@@ -47,7 +47,7 @@ class Auto:
                 raise ConfigError(f"Auto.{name} = {getattr(self, name)} must be at least {least}")
         if self.memory is not None and not self.memory > 0:
             raise ConfigError(
-                f"Auto.memory = {self.memory} must be above 0 microbatches; leave it out for that of 1F1B"
+                f"Auto.memory = {self.memory} must be above 0; leave it out for the memory of 1F1B"
             )
 
     def __call__(self, ranks: int, microbatches: int) -> Program:
