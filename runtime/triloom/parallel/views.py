@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -52,29 +52,40 @@ def _owned_pieces(state: ShardedState) -> Iterator[tuple[BucketState, Piece]]:
 # ---------------------------------------------------------------- whole tensors
 
 
+_SHARD: Mapping[str, Callable[[BucketState], torch.Tensor]] = {
+    "params": lambda b: b.param_shard,
+    "master": lambda b: b.master,
+    "grads": lambda b: b.grad_shard,
+}
+"""States with an element for each parameter that are not the optimizer's -> what this dp rank has of them."""
+
+
 def whole(state: ShardedState, kind: str) -> dict[str, torch.Tensor]:
-    """Local (tp shard) tensors by name, whole over dp: ``params``, ``master`` or a state of the optimizer.
+    """Local (tp shard) tensors by name, whole over dp: ``params``, ``master``, ``grads`` (the last step's, times the
+    loss scale, before clipping) or a state of the optimizer.
 
     States are in the parameter's shape if they have as many elements; those of blocks are flat, single numbers are
     the parameter's own. Integers come as int64. Collective over dp.
     """
-    out: dict[str, torch.Tensor] = {}
+    return {name: t for part in by_bucket(state, kind) for name, t in part.items()}
+
+
+def by_bucket(state: ShardedState, kind: str) -> Iterator[dict[str, torch.Tensor]]:
+    """The same, one bucket at a time: no more than one is whole at once."""
     for b in state.buckets:
-        if kind not in ("params", "master"):
+        if kind in _SHARD:
+            flat = _gathered(b, kind, state.dp)
+            yield {slot.name: flat[slot.offset : slot.stop].view(slot.shape) for slot in b.bucket.slots}
+        else:
             gather = _whole_tensors if b.bucket.whole else _flat_pieces
             dp = state.dp if b.residency.optimizer else None
-            out |= gather(b.bucket, b.states, kind, state.treatments, dp, b.master.dtype)
-            continue
-        flat = _gathered(b, kind, state.dp)
-        for slot in b.bucket.slots:
-            out[slot.name] = flat[slot.offset : slot.stop].view(slot.shape)
-    return out
+            yield gather(b.bucket, b.states, kind, state.treatments, dp, b.master.dtype)
 
 
 def _gathered(b: BucketState, kind: str, dp: Group) -> torch.Tensor:
     if kind == "params" and b.params.whole:
         return b.params.tensor
-    mine = b.param_shard if kind == "params" else b.master
+    mine = _SHARD[kind](b)
     if mine.numel() == b.bucket.numel:
         return mine
     full = mine.new_empty(b.bucket.numel)
