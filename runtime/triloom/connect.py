@@ -14,6 +14,7 @@ from .errors import ConfigError
 from .groups.base import Group
 from .groups.solo import Solo
 from .launchers import Launcher, Transport, announced_rank
+from .leftovers import unname
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -93,7 +94,11 @@ def load_mpi() -> Any:
 
 
 def connect_mpi(launcher: Launcher, announced: int, talk: Talk, env: Env) -> Connection:
-    """The world of MPI, initialised here unless the program did so before."""
+    """The world of MPI, initialised here unless the program did so before.
+
+    MPI's shared-memory files lose their names where it is initialised here, so that a job leaves none, however it ends
+    (leftovers.py).
+    """
     if announced == 1:
         return connect_one(launcher, announced, talk, env)
     try:
@@ -114,7 +119,11 @@ def connect_mpi(launcher: Launcher, announced: int, talk: Talk, env: Env) -> Con
             f"and mpi4py use different MPI libraries ({MPI.Get_library_version().splitlines()[0]}, in {sys.prefix}). "
             f"Either {launcher.other_mpi}, or {INSTALL_MPI}"
         )
-    return connect_comm(MPI.COMM_WORLD, talk, MPI.Finalize if owner else None)
+    connection = connect_comm(MPI.COMM_WORLD, talk, MPI.Finalize if owner else None)
+    if owner:
+        connection.group.barrier().wait()  # everyone has come out of MPI_Init
+        unname()
+    return connection
 
 
 def connect_comm(comm: Any, talk: Talk, finalize: Callable[[], None] | None = None) -> Connection:

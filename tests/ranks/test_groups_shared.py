@@ -107,7 +107,7 @@ def test_segment_that_cannot_be_made(world: World, monkeypatch: pytest.MonkeyPat
         def no(path: str, flags: int) -> int:
             raise refuse
 
-        monkeypatch.setattr("triloom.groups.shared_host.os.open", no)
+        monkeypatch.setattr("triloom.groups.segments.os.open", no)
     with another(world, SharedMemory()) as group:
         assert "rank 1 cannot map the segment of rank 0: [Errno 13] Permission denied" in group.transport
         cases.all_reduce(group, torch.float32, 5000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from .. import __version__
 from ..connect import load_mpi
 from ..cores import affinity, cpu_quota
+from ..leftovers import abandoned
 from .base import Place, Seen, mib
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -106,6 +108,16 @@ def shm(place: Place) -> Seen:
     found = os.statvfs("/dev/shm")
     size, free = found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
     return Seen(f"{mib(free)} free of {mib(size)}", {"size": size, "free": free})
+
+
+def leftovers(place: Place) -> Seen:
+    """Memory that killed jobs of this user still hold in /dev/shm."""
+    files = abandoned()
+    data = {"files": [str(file) for file in files], "remove": f"rm -f {shlex.join(map(str, files))}"}
+    if not files:
+        return Seen("none", data)
+    held = sum(file.stat().st_blocks * 512 for file in files if file.exists())
+    return Seen(f"{len(files)} file{'s' * (len(files) > 1)} of killed MPI jobs: {mib(held)}", data)
 
 
 def memlock(place: Place) -> Seen:

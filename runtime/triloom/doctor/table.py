@@ -27,6 +27,7 @@ HOST: tuple[Probe, ...] = (
     Probe("cores", host.cores, lambda d: need(d["cores"] >= d["ranks"], "limited"), "start at most {cores} ranks here"),
     Probe("memory", host.memory, lambda d: "ok"),
     Probe("/dev/shm", host.shm, lambda d: need(d["free"] >= MIN_SHM, "limited"), "docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm"),  # noqa: E501
+    Probe("leftovers", host.leftovers, lambda d: need(not d["files"], "limited"), "{remove}"),
     Probe("memlock", host.memlock, lambda d: need(d["bytes"] is None or d["bytes"] >= MIN_MEMLOCK, "limited"), "ulimit -l unlimited; docker run --ulimit memlock=-1; systemd: LimitMEMLOCK=infinity"),  # noqa: E501
     Probe("GPUs", devices.gpus, lambda d: need(d["count"] or not d["listed"]), "pip install a CUDA build of torch; nvidia-smi shows the driver's CUDA"),  # noqa: E501
     Probe("GPU links", devices.links, lambda d: need(not d["slow"], "limited"), "keep tp inside GPUs that NVLink connects (CUDA_VISIBLE_DEVICES)"),  # noqa: E501

@@ -1,8 +1,4 @@
-"""Which ranks share a host, and the segments that they make together.
-
-A segment is an anonymous file (memfd) that one rank makes and the others open through /proc: it has
-no name, so nothing is left of it when its last process has ended, however that ended.
-"""
+"""Which ranks share a host, and the segments (segments.py) that they make together."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .. import _C
 from ..errors import ConfigError, MismatchError
+from . import segments
 from .objects import gather_objects
 from .shared_sizes import Sizes, sizes_for
 
@@ -118,8 +115,7 @@ def _together(group: WiredGroup, maker: int, nbytes: int | None, use: Callable[[
     fd, made = -1, ["", -1, -1]
     if nbytes is not None and group.rank == maker:
         try:
-            fd = os.memfd_create("triloom", os.MFD_CLOEXEC)
-            os.ftruncate(fd, nbytes)
+            fd = segments.create(nbytes)
             made = ["", os.getpid(), fd]
         except OSError as error:
             made[0] = f"rank {group.rank} cannot make a segment of {nbytes} bytes: {error}"
@@ -128,7 +124,7 @@ def _together(group: WiredGroup, maker: int, nbytes: int | None, use: Callable[[
     try:
         if nbytes is not None and not reason:
             if fd < 0:
-                fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+                fd = segments.attach(pid, number)
             thing = use(fd)
     except (OSError, _C.NativeError) as error:
         reason = f"rank {group.rank} cannot map the segment of rank {maker}: {error}"
