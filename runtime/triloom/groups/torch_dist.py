@@ -38,12 +38,13 @@ MakeProcessGroup = Callable[[str, list[int], int], Any]
 class Waiters:
     """Threads that block in torch's waits, one for each request under way: torch completes them nowhere else.
 
-    Daemon threads, as a rank that is waited for may never come. They must not be inside torch when the interpreter
-    goes (they would end the process with SIGABRT), so that at exit every wait still under way is broken off.
+    Daemon threads, as a rank that is waited for may never come. When the interpreter goes they must neither be inside
+    torch nor let go of the last reference to an object of torch, which would end the process with SIGABRT: at exit
+    every wait still under way is broken off, and the threads are joined.
     """
 
     def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._idle = 0
@@ -64,8 +65,9 @@ class Waiters:
         self._tasks.put(lambda: self._call(group, wait))
 
     def _run(self) -> None:
-        while True:
-            self._tasks.get()()
+        while (task := self._tasks.get()) is not None:
+            task()
+            del task
 
     def _call(self, group: Any, wait: Callable[[], None]) -> None:
         try:
@@ -78,15 +80,18 @@ class Waiters:
                     del self._busy[group]
 
     def stop(self) -> None:
-        """Break off every wait that is under way; its group cannot be used any more."""
+        """Break off every wait that is under way, which spends its group, and end the threads."""
         with self._lock:
             groups = list(self._busy)
+            threads, self._threads, self._idle = self._threads, [], 0
         for group in groups:
             with suppress(RuntimeError):  # a wait that runs out of time closes the group's connections
                 group.recv([torch.empty(1)], (group.rank() + 1) % group.size(), _NEVER_SENT).wait(_AT_ONCE)
+        for _ in threads:
+            self._tasks.put(None)
         until = time.monotonic() + _STOP_SECONDS
-        while self._busy and time.monotonic() < until:
-            time.sleep(0.001)
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 class Request:
