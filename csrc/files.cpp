@@ -3,6 +3,9 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -247,6 +250,15 @@ void copy_past_cache(const std::vector<Move>& moves) {
 void scatter(char* to, const char* from, const int64_t* target, const int64_t* source, const int64_t* bytes,
              int64_t n) {
     for (int64_t i = 0; i < n; ++i) std::memcpy(to + target[i], from + source[i], static_cast<size_t>(bytes[i]));
+}
+
+bool exchange_paths(const std::string& one, const std::string& other) {
+#ifdef SYS_renameat2
+    constexpr unsigned kExchange = 2;  // RENAME_EXCHANGE of linux/fs.h
+    if (::syscall(SYS_renameat2, AT_FDCWD, one.c_str(), AT_FDCWD, other.c_str(), kExchange) == 0) return true;
+    if (errno != EINVAL && errno != ENOSYS) throw FileError("renameat2", errno, other);
+#endif
+    return false;
 }
 
 }  // namespace triloom

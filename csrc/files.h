@@ -56,4 +56,7 @@ void copy_past_cache(const std::vector<Move>& moves);
 // bytes[i] bytes from `from + source[i]` to `to + target[i]`, for n ranges.
 void scatter(char* to, const char* from, const int64_t* target, const int64_t* source, const int64_t* bytes, int64_t n);
 
+// Swap the names of two files or folders at once. False where the system or the file system cannot.
+bool exchange_paths(const std::string& one, const std::string& other);
+
 }  // namespace triloom

@@ -65,6 +65,7 @@ void bind_files(py::module_& m) {
     m.attr("FILE_ALIGN") = kFileAlign;
     m.def("write_file", &py_write_file, NoGil());
     m.def("copy_past_cache", &py_copy, NoGil());
+    m.def("exchange_paths", &exchange_paths, NoGil());
     m.def("scatter", &py_scatter, NoGil());
     m.def("crc32c", &py_crc32c, NoGil());
     m.def("crc32c_by_table", &py_crc32c_by_table, NoGil());

@@ -23,6 +23,10 @@ class DivergedError(TriloomError):
     """A number of the training is not finite any more; found at the same step on every rank."""
 
 
+class CheckpointError(TriloomError):
+    """A checkpoint cannot be written, is damaged, or is of another model; raised on every rank."""
+
+
 class GroupError(TriloomError, RuntimeError):
     """A communication operation failed."""
 

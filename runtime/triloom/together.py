@@ -17,25 +17,25 @@ class SetupError(ConfigError):
     """The run cannot start; raised on every rank, with the same message."""
 
 
-def together(group: Group, work: Callable[[], T]) -> T:
+def together(group: Group, work: Callable[[], T], error: type[TriloomError] = SetupError) -> T:
     """Run ``work``, which must not communicate, on every rank of ``group``; collective.
 
-    If it raises a TriloomError on any rank, every rank raises SetupError with the message of the
+    If it raises a TriloomError on any rank, every rank raises ``error`` with the message of the
     lowest one, naming the ranks it happened on unless it happened on all.
     """
     result: T | None = None
     said: str | None = None
     try:
         result = work()
-    except TriloomError as error:
-        said = str(error)
+    except TriloomError as problem:
+        said = str(problem)
     everyone = gather_objects(group, said)
     failed = [rank for rank, text in enumerate(everyone) if text is not None]
     if not failed:
         return result  # type: ignore[return-value]  # set: work() returned on every rank
     text = everyone[failed[0]]
     same = [rank for rank in failed if everyone[rank] == text]
-    raise SetupError(text if len(same) == group.size else f"{rank_list(same, group.members)}: {text}")
+    raise error(text if len(same) == group.size else f"{rank_list(same, group.members)}: {text}")
 
 
 def agree_on(group: Group, values: Mapping[str, str], way_out: str) -> None:

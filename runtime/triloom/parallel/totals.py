@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -24,12 +26,12 @@ from .presence import agree_on_layout
 from .sharded import ShardedState
 from .views import owned_gradients, owned_runs
 
-_NUMBERS = 4
-"""Loss, its weight, and the two parts of the norm."""
+_NUMBERS = 5
+"""Loss, its weight, the two parts of the norm, and the notices."""
 
 
 class Totals:
-    """Agreement of all ranks once a step, in one small all_gather: four numbers a rank, and a bit for each of its
+    """Agreement of all ranks once a step, in one small all_gather: five numbers a rank, and a bit for each of its
     parameters, whether it has a gradient.
 
     world: every rank; dp: this rank's data-parallel group; weigh: loss weight of one microbatch's
@@ -53,6 +55,9 @@ class Totals:
         self._weigh, self._counts, self._clip = weigh, counts, clip
         self._rule = scaling
         self.scaling = start(scaling)
+        self.notices: list[Callable[[], int]] = []
+        """Asked in every step for bits that all ranks are to learn at its end, joined: that this rank was told to
+        stop, that a save is not done. They cost nothing more."""
         self.renew()
 
     def renew(self) -> None:
@@ -119,13 +124,15 @@ class Totals:
             numbers[1] = sum(step.weights)
         join = self._clip.norm.join
         numbers[2], numbers[3] = join(parts)
+        numbers[4] = reduce(or_, (ask() for ask in self.notices), 0)
         mine = torch.cat([numbers.view(torch.int64), self._presence.pack(present)])
         everyone = mine.new_empty(self._world.size, mine.numel())
         self._world.all_gather(everyone, mine).wait()
         floats = everyone[:, :_NUMBERS].contiguous().view(torch.float64)
         loss, step.total_weight = _exact_sum(floats[:, 0]), _exact_sum(floats[:, 1])
         step.loss = loss / step.total_weight if step.total_weight else 0.0
-        pairs = [(high, low) for high, low in floats[:, 2:].tolist()]
+        pairs = [(high, low) for high, low in floats[:, 2:4].tolist()]
+        step.notices = reduce(or_, map(int, floats[:, 4].tolist()))
         return join(pairs), self._presence.absent(everyone[:, _NUMBERS:])
 
 
