@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import astuple
 
 from .actions import COMPUTE, Program
 from .groups.base import Group
 from .groups.mesh_groups import MeshGroups
 from .groups.objects import gather_objects
-from .parallel.sharded import LocalParam, ShardedState
+from .parallel.sharded import ShardedState
 from .passes import BucketInfo, StateLayout
 from .placement import Placement
 from .verify import Verdict, inside, state_footprint, verify
 
 
-def state_layout(stages: Sequence[range], state: ShardedState, params: Iterable[LocalParam], pp: Group) -> StateLayout:
+def state_layout(stages: Sequence[range], state: ShardedState, pp: Group) -> StateLayout:
     """Which units and ties use each bucket of every pipeline coordinate. Collective over pp."""
-    uses: dict[str, set[int]] = {}
-    for p in params:
-        uses.setdefault(p.name, set()).add(p.unit)
-    mine = [
-        [
-            sorted({u for s in b.bucket.slots for u in uses[s.name]}),
-            sorted({t.index for s in b.bucket.slots if (t := state.params[s.name].tie) is not None}),
-        ]
-        for b in state.buckets
-    ]
-    rows = gather_objects(pp, mine)
+    rows = gather_objects(pp, [astuple(info) for info in state.infos()])
     return StateLayout(
         tuple(tuple(run) for run in stages),
-        tuple(tuple(BucketInfo(k, tuple(u), tuple(t)) for k, (u, t) in enumerate(row)) for row in rows),
+        tuple(tuple(BucketInfo(k, tuple(u), tuple(t)) for k, u, t in row) for row in rows),
     )
 
 

@@ -36,14 +36,14 @@ from .parallel.accounting import enter, feedback_bytes
 from .parallel.assembly import assemble
 from .parallel.build import UnitLike
 from .parallel.cut import boundary
-from .parallel.executor import Executor, Recorder, StepState, UnitRun
+from .parallel.executor import Executor, Recorder, StepState
 from .parallel.gather import gather_full
 from .parallel.norms import Clip
 from .parallel.partition import partition
 from .parallel.reduction import Reduction
 from .parallel.sharded import ShardedState
 from .parallel.totals import Totals
-from .parallel.weight_grads import UnitGrads
+from .parallel.trainable import Watch, retrain, unit_runs
 from .parallel.wire import Wire
 from .passes import add_communication, add_recompute, add_state, recomputed_units
 from .placement import Placement, zero1
@@ -75,7 +75,7 @@ class Metrics:
     note: str = ""
     """Where the gradient was not finite first."""
     notices: int = 0
-    """Bits that any rank had for all (``Engine.notices``), joined."""
+    """Bits that any rank had for all (``totals.notices``), joined."""
 
 
 class Engine:
@@ -146,6 +146,7 @@ class Engine:
             selective=self.placement.activations == "selective",
         )
         self._build(ties, reduction)
+        self._watch = Watch(self.named, self.modules.values(), alone=pp.size == 1)
         rule = scaling or (dynamic() if dtype == torch.float16 else fixed())
         self.totals = self._make_totals(clip, rule)
         self._record = record
@@ -185,17 +186,17 @@ class Engine:
             self.named, coord_of, scope=self.scope, ties=self.ties, tie_groups=tie_groups,
             groups=self.groups, world=self.world, state=self.state, optimizer=self.optimizer,
         )  # fmt: skip
-        enter(self.ledger, self.state.buckets, self.modules.values())
-        self._units = {
-            u: UnitRun(
-                index=u,
-                module=m,
-                params=[p for p in m.parameters() if p.requires_grad],
-                grads=UnitGrads({id(p): self.state.uses[u, id(p)] for p in m.parameters() if p.requires_grad}),
-                is_loss=u == len(self.named) - 1,
-            )
-            for u, m in self.modules.items()
-        }
+        enter(self.ledger, self.state, self.state.buckets, self.modules.values())
+        self._units = unit_runs(self.modules, self.state, len(self.named) - 1)
+
+    def refresh(self) -> None:
+        """Take notice of parameters whose ``requires_grad`` was changed; collective. A step does it by itself, but
+        where ranks have only some of the units (functions of a Scope with pp > 1) nobody else can tell."""
+        new = retrain(self._units, self._collector, self.state, self.steps)
+        enter(self.ledger, self.state, new, self.modules.values())
+        self.totals.renew()
+        self._adopt(self._order, self._record)
+        self._watch.settle()
 
     def _make_totals(self, clip: float | Clip | None, scaling: Scaling) -> Totals:
         loss: Any = self.modules.get(len(self.named) - 1)
@@ -249,8 +250,7 @@ class Engine:
 
     def _compile(self, order: Program) -> tuple[Program, Verdict]:
         """Schedule, communication, state; then the proof."""
-        params = build.collect(self.named, self.modules, self.ties)
-        self._layout = state_layout(self._stages, self.state, params, self.groups.axis("pp"))
+        self._layout = state_layout(self._stages, self.state, self.groups.axis("pp"))
         if recomputed_units(self.placement, len(self.named)):
             order = add_recompute(order)
         return self._prove(complete(order, self._layout, self.placement))
@@ -267,6 +267,8 @@ class Engine:
         """
         if self._chooser is not None:
             self._choose(self._chooser)
+        if self._watch.changed():
+            self.refresh()
         self._mode(training=True)
         state = self._begin(inputs, targets, training=True)
         state.lr = self.optimizer.lr(self.steps) if callable(self.optimizer.lr) else self.optimizer.lr

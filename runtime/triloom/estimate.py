@@ -33,7 +33,7 @@ from .parallel.activations import closure_bytes, saved_tensors, unit_bytes
 from .parallel.build import UnitLike
 from .parallel.partition import partition
 from .parallel.sharded import LocalParam, ShardedState
-from .passes import BucketInfo, StateLayout, add_recompute, recomputed_units
+from .passes import StateLayout, add_recompute, recomputed_units
 from .placement import Placement
 from .program_file import complete
 from .scope import GradWriter, Scope
@@ -80,9 +80,7 @@ def estimate(run: Run) -> tuple[Report, ...]:
         mine = [{u: m for u, m in modules.items() if coord_of[u] == c} for c in coords]
         params = [build.collect(named, m, ties) for m in mine]
         states = [_state(run, p, c) for c, p in zip(coords, params, strict=True)]
-        layout = StateLayout(
-            tuple(map(tuple, stages)), tuple(_infos(s, p) for s, p in zip(states, params, strict=True))
-        )
+        layout = StateLayout(tuple(map(tuple, stages)), tuple(state.infos() for state in states))
         program = _program(run, layout, len(named))
         return tuple(
             _walk(run, program, layout, c, state, modules_c, sizes)
@@ -201,18 +199,6 @@ def _state(run: Run, params: Sequence[LocalParam], coord: int) -> ShardedState:
         state.add(list(unit))
     state.finish()
     return state
-
-
-def _infos(state: ShardedState, params: Sequence[LocalParam]) -> tuple[BucketInfo, ...]:
-    uses: dict[str, set[int]] = {}
-    for p in params:
-        uses.setdefault(p.name, set()).add(p.unit)
-    out = []
-    for k, b in enumerate(state.buckets):
-        names = [s.name for s in b.bucket.slots]
-        ties = {t.index for n in names if (t := state.params[n].tie) is not None}
-        out.append(BucketInfo(k, tuple(sorted({u for n in names for u in uses[n]})), tuple(sorted(ties))))
-    return tuple(out)
 
 
 def _program(run: Run, layout: StateLayout, units: int) -> Program:

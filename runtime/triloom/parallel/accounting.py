@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from ..memory import BucketBytes, Ledger
 from .activations import storages
 from .bucket import BucketState
+from .sharded import ShardedState
 
 
 def bucket_classes(state: BucketState) -> Counter[str]:
@@ -58,19 +59,19 @@ def feedback_bytes(buckets: Iterable[BucketState]) -> int:
     return sum(t.nbytes for b in buckets for t in b.memory.values())
 
 
-def fixed_bytes(modules: Iterable[nn.Module]) -> int:
-    """Frozen parameters and buffers, each storage once."""
+def fixed_bytes(modules: Iterable[nn.Module], known: Collection[int] = ()) -> int:
+    """Frozen parameters and buffers, each storage once. known: ids of parameters that have state all the same."""
     everything = (t for m in modules for t in (*m.parameters(), *m.buffers()))
-    return sum(storages(t for t in everything if not t.requires_grad).values())
+    return sum(storages(t for t in everything if not t.requires_grad and id(t) not in known).values())
 
 
-def enter(ledger: Ledger, buckets: Iterable[BucketState], modules: Iterable[nn.Module]) -> None:
-    """Put everything that is there into the ledger, and let it know of what comes and goes."""
-    for state in buckets:
-        for kind, nbytes in bucket_classes(state).items():
+def enter(ledger: Ledger, state: ShardedState, new: Iterable[BucketState], modules: Iterable[nn.Module]) -> None:
+    """Put new buckets into the ledger, and let it know of what comes and goes; state and modules: all there are."""
+    for bucket in new:
+        for kind, nbytes in bucket_classes(bucket).items():
             ledger.add(kind, nbytes)
-        if state.residency.params:
-            state.params.moved = partial(ledger.add, "gathered")
-        if state.residency.grads:
-            state.grads.moved = partial(ledger.add, "grad_buckets")
-    ledger.add("fixed", fixed_bytes(modules))
+        if bucket.residency.params:
+            bucket.params.moved = partial(ledger.add, "gathered")
+        if bucket.residency.grads:
+            bucket.grads.moved = partial(ledger.add, "grad_buckets")
+    ledger.set("fixed", fixed_bytes(modules, {param for _, param in state.uses}))

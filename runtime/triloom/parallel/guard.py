@@ -13,12 +13,13 @@ from ..errors import TriloomError
 _T = torch.Tensor
 METADATA = frozenset(
     {_T.size, _T.dim, _T.numel, _T.nelement, _T.stride, _T.element_size, _T.is_floating_point, _T.untyped_storage}
+    | {_T.requires_grad_, _T.requires_grad.__set__}
     | {
         getattr(_T, name).__get__
         for name in ("shape", "dtype", "device", "requires_grad", "ndim", "is_leaf", "grad", "grad_fn", "layout")
     }
 )
-"""What may be asked of a parameter whose values are elsewhere."""
+"""What may be asked of, and set on, a parameter whose values are elsewhere."""
 
 
 class ShardedParameter(nn.Parameter):

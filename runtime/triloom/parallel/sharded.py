@@ -23,6 +23,7 @@ from ..actions import Action
 from ..groups.base import Group
 from ..native import Pool
 from ..optim import Hyper, Optimizer, Rule, Treatment
+from ..passes import BucketInfo
 from ..placement import Placement
 from ..shards import ShardSpec
 from . import ties as tied
@@ -93,6 +94,7 @@ class ShardedState:
         self._made: list[tuple[tuple[int, int], BucketState]] = []
         self._of_name: dict[str, BucketState] = {}
         self._of_unit: dict[int, list[BucketState]] = {}
+        self._units_of: dict[str, set[int]] = {}
 
     # -- building --------------------------------------------------------------------------------
 
@@ -104,6 +106,7 @@ class ShardedState:
         """
         entries = []
         for p in params:
+            self._units_of.setdefault(p.name, set()).add(p.unit)
             known = self._of_name.get(p.name)
             if known is not None:
                 self._use(known, next(s for s in known.bucket.slots if s.name == p.name), p)
@@ -125,6 +128,16 @@ class ShardedState:
             state.bucket = replace(state.bucket, index=index)
         self.buckets, self._made = (*self.buckets, *new), []
         return new
+
+    def infos(self) -> tuple[BucketInfo, ...]:
+        """The buckets as the passes see them."""
+        out = []
+        for b in self.buckets:
+            names = [s.name for s in b.bucket.slots]
+            units = {u for name in names for u in self._units_of[name]}
+            ties = {t.index for name in names if (t := self.params[name].tie) is not None}
+            out.append(BucketInfo(b.bucket.index, tuple(sorted(units)), tuple(sorted(ties))))
+        return tuple(out)
 
     def _entry(self, p: LocalParam) -> Entry:
         rules, treatments = self._numbers
