@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .normalising import Normalise
-
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Normalise the last dimension. x: ``[..., h]``; weight, bias: ``[h]``; 16-bit inputs are computed in fp32."""
@@ -25,17 +23,3 @@ def layer_norm_residual(
     """``(total, layer_norm(total))`` of ``total = residual + x``; all but weight and bias ``[..., h]``."""
     total = residual + x
     return total, layer_norm(total, weight, bias, eps)
-
-
-def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """As :func:`layer_norm`: one launch forward, two backward. Copies x where its leading dimensions do not fold."""
-    out: Tensor = Normalise.apply(x, None, weight, bias, eps, True)  # type: ignore[no-untyped-call]
-    return out
-
-
-def layer_norm_residual_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """As :func:`layer_norm_residual`, in as many launches as without the sum, which is rounded before it is used."""
-    out: tuple[Tensor, Tensor] = Normalise.apply(x, residual, weight, bias, eps, True)  # type: ignore[no-untyped-call]
-    return out

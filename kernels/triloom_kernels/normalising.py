@@ -1,4 +1,4 @@
-"""Kernels of the normalisations: RMSNorm, LayerNorm, each alone or after a residual addition.
+"""Kernels of :mod:`triloom_kernels.rms_norm` and :mod:`triloom_kernels.layer_norm`, alone or after a residual addition.
 
 With xhat = (x - mean) * rstd (mean = 0 for RMSNorm) over rows of width h, wg = w * g and bars for means over a row:
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import tuning
-from .device_functions import widen
 from .launching import architecture, launch, tl, triton
+from .rows import computing_type, rows_of, sum_rows, widen
 
 
 @triton.jit
@@ -186,42 +186,6 @@ def _norm_backward_wide(
                 _add_to(db, part, tl.sum(g, 0), columns < width, block == program)
 
 
-@triton.jit
-def _sum_rows(parts, out, rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """``out[k] = sum of parts[k, :rows]`` for WIDTH columns of matrix k, ROWS rows at a time."""
-    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    matrix = tl.program_id(1).to(tl.int64)
-    live = column < width
-    sums = tl.zeros([ROWS, WIDTH], parts.dtype.element_ty)
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        at = (matrix * rows + row[:, None]) * width + column[None, :]
-        sums += tl.load(parts + at, mask=(row < rows)[:, None] & live[None, :], other=0.0)
-    tl.store(out + matrix * width + column, tl.sum(sums, 0).to(out.dtype.element_ty), mask=live)
-
-
-def sum_rows(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[k, rows, width]`` (contiguous, computing type) to ``[k, width]`` in ``dtype``, in a fixed order."""
-    k, rows, width = parts.shape
-    if rows == 1 and parts.dtype == dtype:
-        return parts[:, 0]
-    out = parts.new_empty(k, width, dtype=dtype)
-    options = tuning.options("sum_rows", architecture(parts.device), width=width)
-    launch(_sum_rows, (triton.cdiv(width, options["WIDTH"]), k), parts, out, rows, width, **options)
-    return out
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """``[..., h]`` as ``[rows, h]`` whose rows are contiguous; a view where the strides allow it, else a copy."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
-
-
-def computing_type(dtype: torch.dtype) -> torch.dtype:
-    """What 16-bit and fp32 tensors are computed in, and fp64 ones."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _configuration(op: str, like: Tensor, width: int) -> tuple[dict[str, Any], bool]:
     """Launch options for rows of a width, and whether they take it by chunks."""
     options = tuning.options(op, architecture(like.device), width=width)
@@ -282,3 +246,29 @@ class Normalise(torch.autograd.Function):
         dweight, dbias = (next(sums) if want else None for want in wanted)
         dx = dx.view(ctx.shape)
         return dx, dx if len(grads) == 2 else None, dweight, dbias, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As the eager one: one launch forward, two backward. Copies x where its leading dimensions do not fold."""
+    out: Tensor = Normalise.apply(x, None, weight, None, eps, False)  # type: ignore[no-untyped-call]
+    return out
+
+
+def rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As the eager one, in as many launches as without the sum, which is rounded before it is used."""
+    out: tuple[Tensor, Tensor] = Normalise.apply(x, residual, weight, None, eps, False)  # type: ignore[no-untyped-call]
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """As the eager one: one launch forward, two backward. Copies x where its leading dimensions do not fold."""
+    out: Tensor = Normalise.apply(x, None, weight, bias, eps, True)  # type: ignore[no-untyped-call]
+    return out
+
+
+def layer_norm_residual(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As the eager one, in as many launches as without the sum, which is rounded before it is used."""
+    out: tuple[Tensor, Tensor] = Normalise.apply(x, residual, weight, bias, eps, True)  # type: ignore[no-untyped-call]
+    return out

@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .normalising import Normalise
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension.
@@ -36,18 +34,6 @@ def rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     """``(total, rms_norm(total))`` of ``total = residual + x``; all but the weight ``[..., h]``."""
     total = residual + x
     return total, rms_norm(total, weight, eps)
-
-
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As :func:`rms_norm`: one launch forward, two backward. Copies x where its leading dimensions do not fold."""
-    out: Tensor = Normalise.apply(x, None, weight, None, eps, False)  # type: ignore[no-untyped-call]
-    return out
-
-
-def rms_norm_residual_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As :func:`rms_norm_residual`, in as many launches as without the sum, which is rounded before it is used."""
-    out: tuple[Tensor, Tensor] = Normalise.apply(x, residual, weight, None, eps, False)  # type: ignore[no-untyped-call]
-    return out
 
 
 class RMSNorm(torch.autograd.Function):

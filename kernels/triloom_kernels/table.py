@@ -6,15 +6,17 @@ A table is a value: hand it to whoever builds layers. ``default()`` has Triton o
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
 from .gelu import gelu
-from .layer_norm import layer_norm, layer_norm_residual, layer_norm_residual_triton, layer_norm_triton
-from .rms_norm import rms_norm, rms_norm_residual, rms_norm_residual_triton, rms_norm_triton
+from .layer_norm import layer_norm, layer_norm_residual
+from .rms_norm import rms_norm, rms_norm_residual
 from .rope import split_rotate
 from .swiglu import swiglu
 
@@ -29,36 +31,47 @@ EAGER: Mapping[str, Function] = {
     "split_rotate": split_rotate,
     "swiglu": swiglu,
 }
-"""In torch operations: any device, the references of the others."""
+"""In torch operations: any device, the references of the others. Their modules do not import Triton."""
 
-TRITON: Mapping[str, Function] = {
-    "layer_norm": layer_norm_triton,
-    "layer_norm_residual": layer_norm_residual_triton,
-    "rms_norm": rms_norm_triton,
-    "rms_norm_residual": rms_norm_residual_triton,
+TRITON: Mapping[str, str] = {
+    "layer_norm": "normalising.layer_norm",
+    "layer_norm_residual": "normalising.layer_norm_residual",
+    "rms_norm": "normalising.rms_norm",
+    "rms_norm_residual": "normalising.rms_norm_residual",
 }
-"""Kernels; same arguments and results as the eager function of the same name."""
+"""Kernels; same arguments and results as the eager function. Module and name: imported, and Triton with them, when
+they are first picked."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Rows ``(operation, device type) -> function``."""
+    """Rows ``(operation, device type) -> function``, or the function's place in this package."""
 
-    rows: Mapping[tuple[str, str], Function]
+    rows: Mapping[tuple[str, str], Function | str]
 
     def pick(self, op: str, device: torch.device | str) -> Function:
         """The function of ``op`` on ``device``; KeyError naming both if there is none."""
-        kind = torch.device(device).type
+        found = self._row(op, torch.device(device).type)
+        return _imported(found) if isinstance(found, str) else found
+
+    def using(self, op: str, function: Function, device: str = "cuda") -> Kernels:
+        """The same table with one row replaced; KeyError if there is no such row."""
+        self._row(op, device)
+        return Kernels({**self.rows, (op, device): function})
+
+    def _row(self, op: str, kind: str) -> Function | str:
         try:
             return self.rows[op, kind]
         except KeyError:
             known = ", ".join(sorted({name for name, _ in self.rows}))
             raise KeyError(f"no operation {op!r} for {kind} in the table; it has {known}") from None
 
-    def using(self, op: str, function: Function, device: str = "cuda") -> Kernels:
-        """The same table with one row replaced."""
-        self.pick(op, device)
-        return Kernels({**self.rows, (op, device): function})
+
+@cache
+def _imported(place: str) -> Function:
+    module, _, name = place.rpartition(".")
+    function: Function = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    return function
 
 
 def default() -> Kernels:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triloom_kernels.layer_norm import layer_norm_residual_triton, layer_norm_triton
-from triloom_kernels.rms_norm import rms_norm_residual_triton, rms_norm_triton
+from triloom_kernels import normalising
 
 from . import common
 from .common import CubinCase, backward, meta
@@ -25,10 +24,10 @@ class Norm(NamedTuple):
 
 
 NORMS = {
-    "rms_norm": Norm(rms_norm_triton, False, False),
-    "rms_norm_residual": Norm(rms_norm_residual_triton, False, True),
-    "layer_norm": Norm(layer_norm_triton, True, False),
-    "layer_norm_residual": Norm(layer_norm_residual_triton, True, True),
+    "rms_norm": Norm(normalising.rms_norm, False, False),
+    "rms_norm_residual": Norm(normalising.rms_norm_residual, False, True),
+    "layer_norm": Norm(normalising.layer_norm, True, False),
+    "layer_norm_residual": Norm(normalising.layer_norm_residual, True, True),
 }
 
 

@@ -57,11 +57,11 @@ def test_no_rows(name: str) -> None:
 
 def test_frozen_weight_and_only_the_sum_used() -> None:
     x, r, w = (torch.randn(3, 8, requires_grad=k < 2) if k < 2 else torch.ones(8) for k in range(3))
-    total, y = norms.rms_norm_residual_triton(x, r, w, 1e-5)
+    total, y = normalising.rms_norm_residual(x, r, w, 1e-5)
     torch.testing.assert_close(torch.autograd.grad(total.sum(), (x, r), retain_graph=True), (torch.ones(3, 8),) * 2)
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
 def test_residual_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 8\), x \(3, 8\)"):
-        norms.rms_norm_residual_triton(torch.ones(3, 8), torch.ones(1, 8), torch.ones(8), 1e-5)
+        normalising.rms_norm_residual(torch.ones(3, 8), torch.ones(1, 8), torch.ones(8), 1e-5)
