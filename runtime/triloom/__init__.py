@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .optim import wsd as wsd
     from .parallel.build import mean_loss as mean_loss
     from .parallel.recompute import recompute as recompute
+    from .parallel.splitting import second_pass as second_pass
     from .placement import Placement as Placement
     from .placement import zero0 as zero0
     from .placement import zero1 as zero1
@@ -77,6 +78,7 @@ _HOME = {
     ),
     "parallel.build": ("mean_loss",),
     "parallel.recompute": ("recompute",),
+    "parallel.splitting": ("second_pass",),
     "placement": ("Placement", "zero0", "zero1"),
     "scope": ("Scope",),
 }

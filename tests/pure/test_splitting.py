@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from triloom.engine import Engine
+from triloom.groups.base import Group
+from triloom.groups.threads import run_threads
+from triloom.mesh import make_mesh
+from triloom.optim import AdamW
 from triloom.parallel import cut
+from triloom.parallel.build import mean_loss
 from triloom.parallel.cut import Boundary, boundary
-from triloom.parallel.splitting import Splitter
+from triloom.parallel.executor import UnitRun
+from triloom.parallel.executor import _gradients as unit_gradients
+from triloom.parallel.guard import guard
+from triloom.parallel.splitting import Splitter, second_pass
 from triloom.parallel.weight_grads import Accumulator, UnitGrads
+from triloom.placement import Placement, zero1, zero3
 
 
 class Fn(nn.Module):
@@ -74,6 +86,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "shared by three calls": (lambda: Fn(shared, (6, 6)), (3, 6)),
     "in place after": (lambda: Fn(lambda x, w, b: F.linear(x, w, b).relu_(), (5, 6), (5,)), (3, 6)),
 }  # fmt: skip
+FACTORS = ("matmul of two parameters",)
+"""The gradient of a parameter needs the values of another."""
 MIXED = {
     "checkpointed": (lambda: nn.Sequential(Checkpointed(), nn.Linear(6, 3)), (4, 6)),
     "also multiplied": (lambda: Fn(also, (6, 6), (6, 6)), (3, 6)),
@@ -93,10 +107,31 @@ class Lstm(nn.Module):
         return out
 
 
+@contextmanager
+def without_memory(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters that are sharded between B and the next F."""
+    values = [(p, p.detach().clone(), p.untyped_storage().nbytes()) for p in params]
+    for p, _, _ in values:
+        p.untyped_storage().resize_(0)
+    yield
+    for p, value, nbytes in values:
+        assert p.untyped_storage().nbytes() == 0
+        p.untyped_storage().resize_(nbytes)
+        p.data.copy_(value)
+
+
 def gradients(
-    module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, split: bool, with_input: bool = True
+    module: nn.Module,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    split: bool,
+    with_input: bool = True,
+    freed: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[list[str]]]:
-    """Input and weight gradients over three microbatches, and by microbatch what was left for W."""
+    """Input and weight gradients over three microbatches, and by microbatch what was left for W.
+
+    freed: W runs while the parameters have no memory.
+    """
     params = dict(module.named_parameters())
     names = {id(p): n for n, p in params.items()}
     sums = {n: Accumulator(n, torch.zeros_like(p)) for n, p in params.items()}
@@ -105,14 +140,17 @@ def gradients(
     for mb in range(3):
         x = torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype)
         given = Boundary([x], boundary(x).spec, (with_input,))
-        inside = splitter.redirecting(params.values(), sink) if split else None
+        inside = splitter.redirecting(module, params.values(), sink) if split else None
         out, record = cut.forward(module, given, inside=inside)
         splitter.settle(record.outputs)
         y = out.leaves[0]
         sink.deferring = mb
-        made += cut.backward(record, [torch.randn(y.shape, generator=gen).to(dtype)], list(params.values()), sink)
-        splitter.hand_over(sink)
+        unit = UnitRun(0, module, list(params.values()), sink, splitter=splitter)
+        made += unit_gradients(unit, record, [torch.randn(y.shape, generator=gen).to(dtype)])
         late = [w for w in sink.pending.get(mb, ()) if type(w[1]).__name__ == "_Sum"]
+        if freed:
+            with without_memory(params.values()):
+                sink.flush(mb)
         waits.append([n for n, a in sums.items() if any(a is use for use, _ in late)])
         if mb:  # the first microbatch's W comes after the second's B
             sink.flush(mb - 1)
@@ -125,12 +163,12 @@ def gradients(
 @pytest.mark.parametrize("name", [*CASES, *MIXED])
 def test_same_bits_as_an_unsplit_backward(name: str, dtype: torch.dtype) -> None:
     make, shape = {**CASES, **MIXED}[name]
-    for with_input in (True, False):
+    for with_input, freed in ((True, False), (False, False), (True, name not in FACTORS)):
         torch.manual_seed(0)
         module = make().to(dtype)
         module.requires_grad_(True)
         dx, dw, none = gradients(module, shape, dtype, False, with_input)
-        got_dx, got_dw, waits = gradients(module, shape, dtype, True, with_input)
+        got_dx, got_dw, waits = gradients(module, shape, dtype, True, with_input, freed)
         for got, want in zip(got_dx + got_dw, dx + dw, strict=True):
             assert torch.equal(got, want), name
         assert none == [[], [], []] and waits[0] == waits[1] == waits[2]
@@ -153,6 +191,16 @@ def test_what_something_else_uses_too_stays_in_b(name: str, late: set[str]) -> N
     assert set(gradients(make(), shape, torch.float32, True)[2][0]) == late
 
 
+def test_a_product_of_sharded_parameters_stays_in_b() -> None:
+    for name in (*FACTORS, "linear", "addmm"):
+        make, shape = CASES[name]
+        module = make()
+        for p in module.parameters():
+            guard(p, name, lambda: True)
+        late = gradients(module, shape, torch.float32, True)[2][0]
+        assert bool(late) == (name not in FACTORS), name
+
+
 def test_an_lstm_cannot_be_split_and_pays_nothing_after_its_first_forward() -> None:
     torch.manual_seed(0)
     lstm, splitter = Lstm(), Splitter()
@@ -160,9 +208,93 @@ def test_an_lstm_cannot_be_split_and_pays_nothing_after_its_first_forward() -> N
     assert all(torch.equal(a, b) for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True))
     assert got[2] == [[], [], []]
     sink = UnitGrads({})
-    _, record = cut.forward(lstm, boundary(torch.ones(5, 2, 4)), inside=splitter.redirecting(lstm.parameters(), sink))
-    assert not splitter.nothing
+    _, record = cut.forward(
+        lstm, boundary(torch.ones(5, 2, 4)), inside=splitter.redirecting(lstm, lstm.parameters(), sink)
+    )
+    assert not splitter.nothing and not splitter.rest
     splitter.settle(record.outputs)
-    assert splitter.nothing
-    with splitter.redirecting(lstm.parameters(), sink) as mode:
+    assert splitter.nothing and {id(p) for p in splitter.rest} == {id(p) for p in lstm.parameters()}
+    with splitter.redirecting(lstm, lstm.parameters(), sink) as mode:
         assert mode is None
+
+
+@pytest.mark.parametrize("with_input", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_second_pass_is_the_same_bits_and_only_where_nothing_else_waits(with_input: bool, dtype: torch.dtype) -> None:
+    lstm = Lstm().to(dtype)
+    want = gradients(lstm, (5, 2, 4), dtype, True, with_input)
+    got = gradients(second_pass(lstm), (5, 2, 4), dtype, True, with_input)
+    assert all(torch.equal(a, b) for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True))
+    assert set(got[2][0]) == {n for n, _ in lstm.named_parameters()}
+    make, shape = MIXED["layer norm between"]
+    assert "1.weight" not in gradients(second_pass(make()), shape, torch.float32, True)[2][0]
+
+
+# ---------------------------------------------------------------- units in an engine
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.proj = nn.Conv1d(4, 4, 3, padding=1), nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.conv(x.mT).mT)
+        out: Tensor = self.norm(x + self.proj(y) @ self.proj.weight)
+        return out
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.lstm(x)[0]
+        return out
+
+
+Trained = tuple[list[float], dict[str, Tensor], dict[str, list[str]]]
+
+
+def train(group: Group, schedule: str, placement: Placement, twice: bool = False) -> Trained:
+    torch.manual_seed(3)  # the threads draw in turn; replicate() gives all the values of one of them
+    made = [Conv(), Recurrent(), Conv(), Conv()]
+    gen = torch.Generator().manual_seed(5)
+    for p in (p for m in made for p in m.parameters()):
+        p.data = torch.randn(p.shape, generator=gen) * 0.5
+    units = [second_pass(m) if twice else m for m in made]
+    engine = Engine(
+        units, mean_loss(F.mse_loss), world=group, mesh=make_mesh(group.size, pp=2), schedule=schedule,
+        placement=placement, microbatches=3, optimizer=AdamW(lr=0.05),
+    )  # fmt: skip
+    dp = engine.groups.axis("dp")
+    x = torch.randn(12, 5, 4, generator=gen).tensor_split(dp.size)[dp.rank]
+    losses = [engine.step(x, x.flip(1)).loss for _ in range(3)]
+    return losses, engine.full_state(), engine.unsplit
+
+
+ROWS = [
+    zero1(),
+    zero3().with_(bucket_bytes=200),
+    zero1().with_(activations="recompute"),
+    zero1().with_(cadence="microbatch"),
+]
+
+
+@pytest.mark.parametrize("placement", ROWS, ids=["zero1", "zero3", "recompute", "microbatch"])
+def test_schedules_with_a_separate_w_are_the_bits_of_1f1b(placement: Placement) -> None:
+    ranks = 4 if placement.params.sharded else 2
+    want = run_threads(ranks, partial(train, schedule="1f1b", placement=placement))
+    assert all(one[2] == {} for one in want)
+    for schedule, twice in (("zb_h1", False), ("zb_v", False), ("zb_h1", True)):
+        got = run_threads(ranks, partial(train, schedule=schedule, placement=placement, twice=twice))
+        assert [one[0] for one in got] == [one[0] for one in want]
+        for name, value in want[0][1].items():
+            assert torch.equal(got[0][1][name], value), (schedule, name)
+        units = (
+            {}
+            if twice and not placement.params.sharded
+            else {"1": [f"lstm.{kind}_{g}h_l0" for kind in ("weight", "bias") for g in "ih"]}
+        )
+        assert {k: v for one in got for k, v in one[2].items()} == units, schedule

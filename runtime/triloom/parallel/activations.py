@@ -172,7 +172,9 @@ class Activations:
         if deferring and key not in self._deferred:
             self._deferred.add(key)
             writers = [w for _, w in unit.grads.pending.get(mb, ())]
-            self.measured[key] = replace(self.measured[key], deferred=closure_bytes(unit.module, writers))
+            sizes = self.measured[key]
+            graph = sizes.held + sizes.saved_output if unit.splitter.twice else 0
+            self.measured[key] = replace(sizes, deferred=graph + closure_bytes(unit.module, writers))
         self._lives.backward(unit.index, mb, deferred=deferring)
 
     def weights(self, unit: int, mb: int) -> None:

@@ -110,8 +110,9 @@ def backward(
     grads: list[torch.Tensor],
     params: list[torch.nn.Parameter],
     sink: WeightGrads,
+    again: bool = False,
 ) -> list[torch.Tensor]:
-    """Gradients of the inputs; weight gradients go to ``sink``.
+    """Gradients of the inputs; weight gradients go to ``sink``. again: the graph is kept for a second pass.
 
     Own layers have already handed their closures to the sink they captured in the forward and
     return None; the gradients autograd made itself (norms, a foreign module) become closures here.
@@ -120,7 +121,8 @@ def backward(
     if not pairs:
         return [torch.zeros_like(leaf) for leaf in record.inputs]
     outputs, output_grads = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, [*record.inputs, *params], output_grads, allow_unused=True)
+    wanted = [*record.inputs, *params]
+    found = torch.autograd.grad(outputs, wanted, output_grads, retain_graph=again, allow_unused=True) if wanted else ()
     n = len(record.inputs)
     for param, grad in zip(params, found[n:], strict=True):
         if grad is not None:

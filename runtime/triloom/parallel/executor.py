@@ -171,6 +171,14 @@ class Executor:
         self.activations.end()
         self._seen |= state.unknown
 
+    def unsplit(self) -> dict[int, list[str]]:
+        """Units with a W of their own in which nothing can wait for it, and their parameters; known after a step."""
+        return {
+            u: [name for name, p in unit.module.named_parameters() if any(p is r for r in unit.splitter.rest)]
+            for u, unit in self._units.items()
+            if unit.splitter.nothing
+        }
+
     # -- forward ---------------------------------------------------------------------------------
 
     def _forward(self, action: Action, state: StepState) -> None:
@@ -229,7 +237,7 @@ class Executor:
     def _redirecting(self, unit: UnitRun, state: StepState) -> AbstractContextManager[Any] | None:
         """What is around a forward with a graph of a unit whose W may be apart from its B."""
         apart = unit.index in state.apart and unit.params
-        return unit.splitter.redirecting(unit.params, unit.grads) if apart else None
+        return unit.splitter.redirecting(unit.module, unit.params, unit.grads) if apart else None
 
     def _remember(self, unit: UnitRun, mb: int, record: Pass, state: StepState) -> None:
         state.passes[unit.index, mb] = record
@@ -272,8 +280,7 @@ class Executor:
                 state.grads[u, mb] = self._stage_grads(stage, mb, state)
             self._ready(u)
             unit.grads.deferring = deferring
-            found = cut.backward(state.passes.pop((u, mb)), state.grads.pop((u, mb)), unit.params, unit.grads)
-            unit.splitter.hand_over(unit.grads)
+            found = _gradients(unit, state.passes.pop((u, mb)), state.grads.pop((u, mb)))
             self.activations.backward(unit, mb, deferring is not None)
             if u > 0:
                 state.grads[u - 1, mb] = found
@@ -342,6 +349,16 @@ class Executor:
         key = (stage - 1, mb)
         self.activations.expect("grad", self._stages[stage - 1][-1], mb)
         self._wire.expect(("grad", stage, mb), peer, state.carriers.get(key), lambda: state.carriers[key])
+
+
+def _gradients(unit: UnitRun, record: Pass, grads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of the unit's inputs; weight gradients are in the unit's sink, or wait in it for W."""
+    again = unit.splitter.twice and not unit.grads.immediate
+    found = cut.backward(record, grads, [] if again else unit.params, unit.grads, again)
+    if again:
+        unit.splitter.keep_graph(record.outputs, grads)
+    unit.splitter.hand_over(unit.grads)
+    return found
 
 
 def _mb(action: Action) -> int:

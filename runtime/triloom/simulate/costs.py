@@ -33,6 +33,8 @@ class Costs:
     """Both in one; B + W if left out."""
     R: PerStage | None = None
     """Recompute; F if left out."""
+    second_pass: PerStage = 0.0
+    """What a separate W takes longer where it is a second autograd pass (``triloom.second_pass``)."""
     rank: Sequence[float] | None = None
     """Factor on the computes of each coordinate (a slow device); 1 if left out."""
     units: Mapping[tuple[str, int], float] = field(default_factory=dict)
@@ -81,6 +83,8 @@ class Costs:
         else:
             value = self.F if op == "R" and self.R is None else getattr(self, op)
             each = per_stage(op, value, where)
+        if op == "W":
+            each = [w + more for w, more in zip(each, per_stage("second_pass", self.second_pass, where), strict=True)]
         if self.rank is None:
             return each
         if len(self.rank) <= max(where):

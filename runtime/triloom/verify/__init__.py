@@ -42,6 +42,9 @@ ASSUMED = (
     "device kernels that communicate at the same time fit on the device together",
 )
 
+W_APART = "units in which nothing can wait for their W compute it in B (Engine.unsplit names them after a step)"
+"""Assumed of programs with a separate W."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -100,7 +103,8 @@ def verify(
     bound = None if sizes is None else peak_bytes(facts, sizes)
     if bound is not None:
         proven.append("peak bytes of activations, whatever the timing")
-    return Verdict(lane_name, ASSUMED, tuple(proven), in_flight(facts), bound, order)
+    assumed = ASSUMED + (W_APART,) * any(op == "W" for op, _, _ in facts.spans)
+    return Verdict(lane_name, assumed, tuple(proven), in_flight(facts), bound, order)
 
 
 def _check_shape(program: Program, sizes: Sequence[StageBytes] | None) -> None:
