@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ import torch
 from . import schedules
 from .actions import Action, Program
 from .budget import fit
-from .checkpoint import Restored, load, save
-from .choosing import Auto, Choice, Chooser
 from .compiling import prove, state_layout
 from .described import describe
 from .errors import ConfigError
@@ -25,7 +22,6 @@ from .groups.base import Group
 from .groups.mesh_groups import mesh_groups
 from .groups.objects import agree, gather_objects
 from .groups.solo import Solo
-from .measured import measurement
 from .memory import Ledger, Report, largest
 from .mesh import Mesh, make_mesh
 from .microbatches import cut_batch, nbytes, signature, to_device
@@ -36,14 +32,14 @@ from .parallel.accounting import enter, feedback_bytes
 from .parallel.assembly import assemble
 from .parallel.build import UnitLike
 from .parallel.cut import boundary
-from .parallel.executor import Executor, Recorder, StepState
+from .parallel.executor import Executor, Recorder, StepState, UnitRun
 from .parallel.gather import gather_full
 from .parallel.norms import Clip
 from .parallel.partition import partition
 from .parallel.reduction import Reduction
 from .parallel.sharded import ShardedState
 from .parallel.totals import Totals
-from .parallel.trainable import Watch, retrain, unit_runs
+from .parallel.weight_grads import UnitGrads
 from .parallel.wire import Wire
 from .passes import add_communication, add_recompute, add_state, recomputed_units
 from .placement import Placement, zero1
@@ -74,8 +70,6 @@ class Metrics:
     """The gradient was not finite: no parameter, state or step count changed, on any rank."""
     note: str = ""
     """Where the gradient was not finite first."""
-    notices: int = 0
-    """Bits that any rank had for all (``totals.notices``), joined."""
 
 
 class Engine:
@@ -88,8 +82,7 @@ class Engine:
     tied without being named.
 
     world: group of all ranks (``triloom.init().group``), a single rank if left out. mesh: how they are
-    arranged, all data parallel if left out. schedule: a name of ``schedules.NAMED``, a Schedule, or ``"auto"``
-    (``Auto(...)``), which measures the first steps and then runs the shortest program found.
+    arranged, all data parallel if left out. schedule: a name of ``schedules.NAMED`` or a Schedule.
     microbatches: pieces each dp rank's batch is cut into. stages: number of units of each stage,
     even if left out. clip: largest global gradient norm (2-norm, or a Clip), None for no clipping. scaling: of the
     loss, and how many steps with a gradient that is not finite may be skipped in a row; dynamic for fp16.
@@ -107,7 +100,7 @@ class Engine:
         world: Group | None = None,
         mesh: Mesh | None = None,
         optimizer: Optimizer | None = None,
-        schedule: str | Schedule | Auto = "1f1b",
+        schedule: str | Schedule = "1f1b",
         microbatches: int = 1,
         placement: Placement | None = None,
         clip: float | Clip | None = 1.0,
@@ -129,11 +122,10 @@ class Engine:
         self.steps = 0
         self.ledger = Ledger()
         self._microbatches = microbatches
-        self.named = build.name_units(units, loss)
+        self._named = build.name_units(units, loss)
         pp = self.groups.axis("pp")
-        make = _schedule(schedule)
-        order = make(pp.size, microbatches)
-        self._stages = partition(len(self.named), len(order.stages), stages)
+        self._order = order = _schedule(schedule)(pp.size, microbatches)
+        self._stages = partition(len(self._named), len(order.stages), stages)
         self._where = order.stages
         same = self._fingerprint(order, [clip, scaling, reduction, seed], ties)
         agree(self.world, "the engine's configuration", same)
@@ -146,29 +138,28 @@ class Engine:
             selective=self.placement.activations == "selective",
         )
         self._build(ties, reduction)
-        self._watch = Watch(self.named, self.modules.values(), alone=pp.size == 1)
         rule = scaling or (dynamic() if dtype == torch.float16 else fixed())
-        self.totals = self._make_totals(clip, rule)
-        self._record = record
-        self._adopt(order, record)
-        self.chosen: Choice | None = None
-        """What the automatic schedule chose; None before, and for other schedules."""
-        self._chooser = None if pp.size == 1 or not isinstance(make, Auto) else self._measure(make)
+        self._totals = self._make_totals(clip, rule)
+        self._executor = self._make_executor(record)
+        self.program, self.verdict = self._compile(order)
+        self._eval_program: Program | None = None
+        self._recomputed = recomputed_units(self.placement, len(self._named))
+        self._budget = self.placement.activation_bytes  # until the units to recompute are chosen
 
     # -- composition -----------------------------------------------------------------------------
 
     def _fingerprint(self, order: Program, numbers: list[Any], ties: Sequence[Sequence[str]]) -> list[Any]:
         """What must be equal on every rank, as JSON."""
         return [
-            list(self.named), order.to_csv(), *map(describe, numbers), [list(t) for t in ties],
+            list(self._named), order.to_csv(), *map(describe, numbers), [list(t) for t in ties],
             [len(s) for s in self._stages], str(self.placement), describe(self.optimizer),
         ]  # fmt: skip
 
     def _build(self, ties: Sequence[Sequence[str]], reduction: Reduction | None) -> None:
         coord_of = [self._where[s] for s, run in enumerate(self._stages) for _ in run]
-        self.ties = build.find_ties(self.named, ties, coord_of)
+        self._ties = build.find_ties(self._named, ties, coord_of)
 
-        tie_groups = build.tie_groups(self.ties, self.groups.axis("pp"))
+        tie_groups = build.tie_groups(self._ties, self.groups.axis("pp"))
         shard, replicas = build.shard_groups(self.groups.axis("dp"), self.placement.shard_ranks)
         self.state = ShardedState(
             dp=shard,
@@ -183,23 +174,23 @@ class Engine:
             reduction=reduction,
         )
         self.modules, self._collector = assemble(
-            self.named, coord_of, scope=self.scope, ties=self.ties, tie_groups=tie_groups,
+            self._named, coord_of, scope=self.scope, ties=self._ties, tie_groups=tie_groups,
             groups=self.groups, world=self.world, state=self.state, optimizer=self.optimizer,
         )  # fmt: skip
-        enter(self.ledger, self.state, self.state.buckets, self.modules.values())
-        self._units = unit_runs(self.modules, self.state, len(self.named) - 1)
-
-    def refresh(self) -> None:
-        """Take notice of parameters whose ``requires_grad`` was changed; collective. A step does it by itself, but
-        where ranks have only some of the units (functions of a Scope with pp > 1) nobody else can tell."""
-        new = retrain(self._units, self._collector, self.state, self.steps)
-        enter(self.ledger, self.state, new, self.modules.values())
-        self.totals.renew()
-        self._adopt(self._order, self._record)
-        self._watch.settle()
+        enter(self.ledger, self.state.buckets, self.modules.values())
+        self._units = {
+            u: UnitRun(
+                index=u,
+                module=m,
+                params=[p for p in m.parameters() if p.requires_grad],
+                grads=UnitGrads({id(p): self.state.uses[u, id(p)] for p in m.parameters() if p.requires_grad}),
+                is_loss=u == len(self._named) - 1,
+            )
+            for u, m in self.modules.items()
+        }
 
     def _make_totals(self, clip: float | Clip | None, scaling: Scaling) -> Totals:
-        loss: Any = self.modules.get(len(self.named) - 1)
+        loss: Any = self.modules.get(len(self._named) - 1)
         tp = self.groups.axis("tp")
         return Totals(
             world=self.world,
@@ -219,39 +210,18 @@ class Engine:
             units=self._units,
             wire=Wire(self.groups.link, self.scope.device, None if record is None else record.wait),
             scope=self.scope,
-            handlers={**self.state.handlers(), **self.totals.handlers()},
+            handlers={**self.state.handlers(), **self._totals.handlers()},
             ready=self.state.ready,
             record=record,
             ledger=self.ledger,
             flops=self.placement.activations == "budget",
         )
 
-    def _adopt(self, order: Program, record: Recorder | None) -> None:
-        """Run ``order`` from now on."""
-        self._order = order
-        self._executor = self._make_executor(record)
-        self.program, self.verdict = self._compile(order)
-        self._eval_program: Program | None = None
-        self._recomputed = recomputed_units(self.placement, len(self.named))
-        self._budget = self.placement.activation_bytes  # until the units to recompute are chosen
-
-    def _measure(self, rule: Auto) -> Chooser:
-        steps = measurement(self.program, self._stages, self.mesh)
-        chooser = Chooser(rule, self.world, steps, self.scope.device, self._record)
-        self._executor = self._make_executor(chooser.recorder)
-        return chooser
-
-    def _choose(self, chooser: Chooser) -> None:
-        """Before a step: run the chosen program from it on, once enough is measured."""
-        self.chosen = chooser.choose()
-        if self.chosen is not None:
-            self._chooser = None
-            self._adopt(self.chosen.program, self._record)
-
     def _compile(self, order: Program) -> tuple[Program, Verdict]:
         """Schedule, communication, state; then the proof."""
-        self._layout = state_layout(self._stages, self.state, self.groups.axis("pp"))
-        if recomputed_units(self.placement, len(self.named)):
+        params = build.collect(self._named, self.modules, self._ties)
+        self._layout = state_layout(self._stages, self.state, params, self.groups.axis("pp"))
+        if recomputed_units(self.placement, len(self._named)):
             order = add_recompute(order)
         return self._prove(complete(order, self._layout, self.placement))
 
@@ -265,10 +235,6 @@ class Engine:
 
         Every rank of a dp coordinate passes the same samples.
         """
-        if self._chooser is not None:
-            self._choose(self._chooser)
-        if self._watch.changed():
-            self.refresh()
         self._mode(training=True)
         state = self._begin(inputs, targets, training=True)
         state.lr = self.optimizer.lr(self.steps) if callable(self.optimizer.lr) else self.optimizer.lr
@@ -278,8 +244,6 @@ class Engine:
         self.ledger.set("feedback", feedback_bytes(self.state.buckets))
         if self._budget is not None:
             self._recomputed, self._budget = self._fit(self._budget), None
-        if self._chooser is not None:
-            self._chooser.note()
         self.groups.check()
         self.steps += not state.skipped
         return Metrics(
@@ -291,7 +255,6 @@ class Engine:
             scale=state.scale,
             skipped=state.skipped,
             note=state.note,
-            notices=state.notices,
         )
 
     def _fit(self, budget: int) -> frozenset[int]:
@@ -308,7 +271,7 @@ class Engine:
         self._mode(training=False)
         state = self._begin(inputs, targets, training=False)
         self._executor.run(self._actions(self._eval_program), state)
-        self.totals.finish_evaluation(state)
+        self._totals.finish_evaluation(state)
         return Metrics(state.step, state.loss, state.total_weight, 0.0, 0.0)
 
     @contextmanager
@@ -335,20 +298,12 @@ class Engine:
     @property
     def unsplit(self) -> dict[str, list[str]]:
         """This rank's units in which no weight gradient can wait for W, and their parameters; known after a step."""
-        return {list(self.named)[u]: names for u, names in self._executor.unsplit().items()}
+        return {list(self._named)[u]: names for u, names in self._executor.unsplit().items()}
 
     @property
     def stage_units(self) -> Sequence[range]:
         """The global unit numbers of each stage."""
         return self._stages
-
-    def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
-        """Write all state to a new folder, or in place of an older checkpoint, with ``extra`` (JSON); collective."""
-        save(self, folder, extra)
-
-    def load(self, folder: str | Path) -> Restored:
-        """Set all state to that of a checkpoint, written on any mesh; collective. Gives back what was ``extra``."""
-        return load(self, folder)
 
     def close(self) -> None:
         """Release the groups made for the mesh; the world stays the caller's."""
@@ -384,11 +339,9 @@ class Engine:
         )
 
 
-def _schedule(schedule: str | Schedule | Auto) -> Schedule:
+def _schedule(schedule: str | Schedule) -> Schedule:
     if not isinstance(schedule, str):
         return schedule
-    if schedule == "auto":
-        return Auto()
     if schedule not in schedules.NAMED:
-        raise ConfigError(f"schedule {schedule!r} is not known; choose one of auto, {', '.join(schedules.NAMED)}")
+        raise ConfigError(f"schedule {schedule!r} is not known; choose one of {', '.join(schedules.NAMED)}")
     return schedules.NAMED[schedule]
