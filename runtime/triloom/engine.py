@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch
 from . import schedules
 from .actions import Action, Program
 from .budget import fit
+from .checkpoint import Restored, load, save
+from .choosing import Auto, Choice, Chooser
 from .compiling import prove, state_layout
 from .described import describe
 from .errors import ConfigError
@@ -22,6 +25,7 @@ from .groups.base import Group
 from .groups.mesh_groups import mesh_groups
 from .groups.objects import agree, gather_objects
 from .groups.solo import Solo
+from .measured import measurement
 from .memory import Ledger, Report, largest
 from .mesh import Mesh, make_mesh
 from .microbatches import cut_batch, nbytes, signature, to_device
@@ -32,14 +36,14 @@ from .parallel.accounting import enter, feedback_bytes
 from .parallel.assembly import assemble
 from .parallel.build import UnitLike
 from .parallel.cut import boundary
-from .parallel.executor import Executor, Recorder, StepState, UnitRun
+from .parallel.executor import Executor, Recorder, StepState
 from .parallel.gather import gather_full
 from .parallel.norms import Clip
 from .parallel.partition import partition
 from .parallel.reduction import Reduction
 from .parallel.sharded import ShardedState
 from .parallel.totals import Totals
-from .parallel.weight_grads import UnitGrads
+from .parallel.trainable import Watch, retrain, unit_runs
 from .parallel.wire import Wire
 from .passes import add_communication, add_recompute, add_state, recomputed_units
 from .placement import Placement, zero1
@@ -70,6 +74,8 @@ class Metrics:
     """The gradient was not finite: no parameter, state or step count changed, on any rank."""
     note: str = ""
     """Where the gradient was not finite first."""
+    notices: int = 0
+    """Bits that any rank had for all (``totals.notices``), joined."""
 
 
 class Engine:
@@ -82,7 +88,8 @@ class Engine:
     tied without being named.
 
     world: group of all ranks (``triloom.init().group``), a single rank if left out. mesh: how they are
-    arranged, all data parallel if left out. schedule: a name of ``schedules.NAMED`` or a Schedule.
+    arranged, all data parallel if left out. schedule: a name of ``schedules.NAMED``, a Schedule, or ``"auto"``
+    (``Auto(...)``), which measures the first steps and then runs the shortest program found.
     microbatches: pieces each dp rank's batch is cut into. stages: number of units of each stage,
     even if left out. clip: largest global gradient norm (2-norm, or a Clip), None for no clipping. scaling: of the
     loss, and how many steps with a gradient that is not finite may be skipped in a row; dynamic for fp16.
@@ -100,7 +107,7 @@ class Engine:
         world: Group | None = None,
         mesh: Mesh | None = None,
         optimizer: Optimizer | None = None,
-        schedule: str | Schedule = "1f1b",
+        schedule: str | Schedule | Auto = "1f1b",
         microbatches: int = 1,
         placement: Placement | None = None,
         clip: float | Clip | None = 1.0,
@@ -122,10 +129,11 @@ class Engine:
         self.steps = 0
         self.ledger = Ledger()
         self._microbatches = microbatches
-        self._named = build.name_units(units, loss)
+        self.named = build.name_units(units, loss)
         pp = self.groups.axis("pp")
-        self._order = order = _schedule(schedule)(pp.size, microbatches)
-        self._stages = partition(len(self._named), len(order.stages), stages)
+        make = _schedule(schedule)
+        order = make(pp.size, microbatches)
+        self._stages = partition(len(self.named), len(order.stages), stages)
         self._where = order.stages
         same = self._fingerprint(order, [clip, scaling, reduction, seed], ties)
         agree(self.world, "the engine's configuration", same)
@@ -138,28 +146,29 @@ class Engine:
             selective=self.placement.activations == "selective",
         )
         self._build(ties, reduction)
+        self._watch = Watch(self.named, self.modules.values(), alone=pp.size == 1)
         rule = scaling or (dynamic() if dtype == torch.float16 else fixed())
-        self._totals = self._make_totals(clip, rule)
-        self._executor = self._make_executor(record)
-        self.program, self.verdict = self._compile(order)
-        self._eval_program: Program | None = None
-        self._recomputed = recomputed_units(self.placement, len(self._named))
-        self._budget = self.placement.activation_bytes  # until the units to recompute are chosen
+        self.totals = self._make_totals(clip, rule)
+        self._record = record
+        self._adopt(order, record)
+        self.chosen: Choice | None = None
+        """What the automatic schedule chose; None before, and for other schedules."""
+        self._chooser = None if pp.size == 1 or not isinstance(make, Auto) else self._measure(make)
 
     # -- composition -----------------------------------------------------------------------------
 
     def _fingerprint(self, order: Program, numbers: list[Any], ties: Sequence[Sequence[str]]) -> list[Any]:
         """What must be equal on every rank, as JSON."""
         return [
-            list(self._named), order.to_csv(), *map(describe, numbers), [list(t) for t in ties],
+            list(self.named), order.to_csv(), *map(describe, numbers), [list(t) for t in ties],
             [len(s) for s in self._stages], str(self.placement), describe(self.optimizer),
         ]  # fmt: skip
 
     def _build(self, ties: Sequence[Sequence[str]], reduction: Reduction | None) -> None:
         coord_of = [self._where[s] for s, run in enumerate(self._stages) for _ in run]
-        self._ties = build.find_ties(self._named, ties, coord_of)
+        self.ties = build.find_ties(self.named, ties, coord_of)
 
-        tie_groups = build.tie_groups(self._ties, self.groups.axis("pp"))
+        tie_groups = build.tie_groups(self.ties, self.groups.axis("pp"))
         shard, replicas = build.shard_groups(self.groups.axis("dp"), self.placement.shard_ranks)
         self.state = ShardedState(
             dp=shard,
@@ -174,23 +183,23 @@ class Engine:
             reduction=reduction,
         )
         self.modules, self._collector = assemble(
-            self._named, coord_of, scope=self.scope, ties=self._ties, tie_groups=tie_groups,
+            self.named, coord_of, scope=self.scope, ties=self.ties, tie_groups=tie_groups,
             groups=self.groups, world=self.world, state=self.state, optimizer=self.optimizer,
         )  # fmt: skip
-        enter(self.ledger, self.state.buckets, self.modules.values())
-        self._units = {
-            u: UnitRun(
-                index=u,
-                module=m,
-                params=[p for p in m.parameters() if p.requires_grad],
-                grads=UnitGrads({id(p): self.state.uses[u, id(p)] for p in m.parameters() if p.requires_grad}),
-                is_loss=u == len(self._named) - 1,
-            )
-            for u, m in self.modules.items()
-        }
+        enter(self.ledger, self.state, self.state.buckets, self.modules.values())
+        self._units = unit_runs(self.modules, self.state, len(self.named) - 1)
+
+    def refresh(self) -> None:
+        """Take notice of parameters whose ``requires_grad`` was changed; collective. A step does it by itself, but
+        where ranks have only some of the units (functions of a Scope with pp > 1) nobody else can tell."""
+        new = retrain(self._units, self._collector, self.state, self.steps)
+        enter(self.ledger, self.state, new, self.modules.values())
+        self.totals.renew()
+        self._adopt(self._order, self._record)
+        self._watch.settle()
 
     def _make_totals(self, clip: float | Clip | None, scaling: Scaling) -> Totals:
-        loss: Any = self.modules.get(len(self._named) - 1)
+        loss: Any = self.modules.get(len(self.named) - 1)
         tp = self.groups.axis("tp")
         return Totals(
             world=self.world,
@@ -210,18 +219,39 @@ class Engine:
             units=self._units,
             wire=Wire(self.groups.link, self.scope.device, None if record is None else record.wait),
             scope=self.scope,
-            handlers={**self.state.handlers(), **self._totals.handlers()},
+            handlers={**self.state.handlers(), **self.totals.handlers()},
             ready=self.state.ready,
             record=record,
             ledger=self.ledger,
             flops=self.placement.activations == "budget",
         )
 
+    def _adopt(self, order: Program, record: Recorder | None) -> None:
+        """Run ``order`` from now on."""
+        self._order = order
+        self._executor = self._make_executor(record)
+        self.program, self.verdict = self._compile(order)
+        self._eval_program: Program | None = None
+        self._recomputed = recomputed_units(self.placement, len(self.named))
+        self._budget = self.placement.activation_bytes  # until the units to recompute are chosen
+
+    def _measure(self, rule: Auto) -> Chooser:
+        steps = measurement(self.program, self._stages, self.mesh)
+        chooser = Chooser(rule, self.world, steps, self.scope.device, self._record)
+        self._executor = self._make_executor(chooser.recorder)
+        return chooser
+
+    def _choose(self, chooser: Chooser) -> None:
+        """Before a step: run the chosen program from it on, once enough is measured."""
+        self.chosen = chooser.choose()
+        if self.chosen is not None:
+            self._chooser = None
+            self._adopt(self.chosen.program, self._record)
+
     def _compile(self, order: Program) -> tuple[Program, Verdict]:
         """Schedule, communication, state; then the proof."""
-        params = build.collect(self._named, self.modules, self._ties)
-        self._layout = state_layout(self._stages, self.state, params, self.groups.axis("pp"))
-        if recomputed_units(self.placement, len(self._named)):
+        self._layout = state_layout(self._stages, self.state, self.groups.axis("pp"))
+        if recomputed_units(self.placement, len(self.named)):
             order = add_recompute(order)
         return self._prove(complete(order, self._layout, self.placement))
 
@@ -235,6 +265,10 @@ class Engine:
 
         Every rank of a dp coordinate passes the same samples.
         """
+        if self._chooser is not None:
+            self._choose(self._chooser)
+        if self._watch.changed():
+            self.refresh()
         self._mode(training=True)
         state = self._begin(inputs, targets, training=True)
         state.lr = self.optimizer.lr(self.steps) if callable(self.optimizer.lr) else self.optimizer.lr
@@ -244,6 +278,8 @@ class Engine:
         self.ledger.set("feedback", feedback_bytes(self.state.buckets))
         if self._budget is not None:
             self._recomputed, self._budget = self._fit(self._budget), None
+        if self._chooser is not None:
+            self._chooser.note()
         self.groups.check()
         self.steps += not state.skipped
         return Metrics(
@@ -255,6 +291,7 @@ class Engine:
             scale=state.scale,
             skipped=state.skipped,
             note=state.note,
+            notices=state.notices,
         )
 
     def _fit(self, budget: int) -> frozenset[int]:
@@ -271,7 +308,7 @@ class Engine:
         self._mode(training=False)
         state = self._begin(inputs, targets, training=False)
         self._executor.run(self._actions(self._eval_program), state)
-        self._totals.finish_evaluation(state)
+        self.totals.finish_evaluation(state)
         return Metrics(state.step, state.loss, state.total_weight, 0.0, 0.0)
 
     @contextmanager
@@ -298,12 +335,20 @@ class Engine:
     @property
     def unsplit(self) -> dict[str, list[str]]:
         """This rank's units in which no weight gradient can wait for W, and their parameters; known after a step."""
-        return {list(self._named)[u]: names for u, names in self._executor.unsplit().items()}
+        return {list(self.named)[u]: names for u, names in self._executor.unsplit().items()}
 
     @property
     def stage_units(self) -> Sequence[range]:
         """The global unit numbers of each stage."""
         return self._stages
+
+    def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Write all state to a new folder, or in place of an older checkpoint, with ``extra`` (JSON); collective."""
+        save(self, folder, extra)
+
+    def load(self, folder: str | Path) -> Restored:
+        """Set all state to that of a checkpoint, written on any mesh; collective. Gives back what was ``extra``."""
+        return load(self, folder)
 
     def close(self) -> None:
         """Release the groups made for the mesh; the world stays the caller's."""
@@ -339,9 +384,11 @@ class Engine:
         )
 
 
-def _schedule(schedule: str | Schedule) -> Schedule:
+def _schedule(schedule: str | Schedule | Auto) -> Schedule:
     if not isinstance(schedule, str):
         return schedule
+    if schedule == "auto":
+        return Auto()
     if schedule not in schedules.NAMED:
-        raise ConfigError(f"schedule {schedule!r} is not known; choose one of {', '.join(schedules.NAMED)}")
+        raise ConfigError(f"schedule {schedule!r} is not known; choose one of auto, {', '.join(schedules.NAMED)}")
     return schedules.NAMED[schedule]
