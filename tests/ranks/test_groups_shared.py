@@ -124,25 +124,36 @@ def test_options_must_agree(world: World) -> None:
 
 
 INSIDE = "messages between hosts, shared memory inside"
-MAPS = {4: ((0, 0, 1, 1), (7, 2, 2, 7)), 6: ((0, 0, 1, 1, 2, 2), (0, 0, 0, 1, 1, 1), (0, 1, 0, 1, 0, 1))}
+MAPS = {
+    3: ("aab", "aba", "abb"),
+    4: ("aabb", "abba", "aaab", "abaa", "abcb"),
+    6: ("aabbcc", "aaabbb", "ababab", "aaaabb", "abbbbb", "aabcbb", "abacba", "aabbbc"),
+}
+"""The host of each rank: blocks of ranks, ranks that come back to a host, and hosts with different numbers of them."""
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("hosts", MAPS[3])
+def test_hierarchical_equals_flat_on_three(world: World, hosts: str) -> None:
+    hierarchical_equals_flat(world, hosts)
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("which", range(2))
-def test_hierarchical_equals_flat(world: World, which: int) -> None:
-    """Forced host maps: blocks of ranks, and ranks that come back to a host; every collective, several at a time."""
-    hierarchical_equals_flat(world, MAPS[4][which])
+@pytest.mark.parametrize("hosts", MAPS[4])
+def test_hierarchical_equals_flat(world: World, hosts: str) -> None:
+    """Every collective, several at a time."""
+    hierarchical_equals_flat(world, hosts)
 
 
 @pytest.mark.full
 @pytest.mark.ranks(6)
-@pytest.mark.parametrize("which", range(3))
-def test_hierarchical_equals_flat_on_many(world: World, which: int) -> None:
-    hierarchical_equals_flat(world, MAPS[6][which])
+@pytest.mark.parametrize("hosts", MAPS[6])
+def test_hierarchical_equals_flat_on_many(world: World, hosts: str) -> None:
+    hierarchical_equals_flat(world, hosts)
 
 
-def hierarchical_equals_flat(world: World, hosts: tuple[int, ...]) -> None:
-    with another(world, SharedMemory(hosts=hosts)) as group, another(world, None) as flat:
+def hierarchical_equals_flat(world: World, hosts: str) -> None:
+    with another(world, SharedMemory(hosts=tuple(map(ord, hosts)))) as group, another(world, None) as flat:
         assert group.transport == INSIDE and flat.transport == "messages"
         for dtype in DTYPES:
             for numel in (40_001, 9000):
@@ -181,8 +192,8 @@ def test_groups_over_hosts(world: World) -> None:
 
 
 @pytest.mark.ranks(3)
-def test_hosts_of_different_size(world: World) -> None:
-    with another(world, SharedMemory(hosts=(0, 0, 1))) as group:
+def test_a_host_for_every_rank(world: World) -> None:
+    with another(world, SharedMemory(hosts=(0, 1, 2))) as group:
         assert group.transport == "messages (its ranks are on several hosts)"
         cases.all_reduce(group, torch.float32, 40_001)
 

@@ -62,14 +62,14 @@ def connect(group: WiredGroup, options: SharedMemory | None) -> None:
 
 
 def connect_hosts(group: WiredGroup, host: Host) -> Hierarchy | None:
-    """For a group with equally many ranks, at least two, on each of several hosts. Collective over the group."""
+    """For a group on several hosts, of which one at least has several of its ranks. Collective over the group."""
     from .wired import WiredGroup
 
     by_place: dict[int, list[int]] = {}
     for r, member in enumerate(group.members):
         by_place.setdefault(host.places[member], []).append(r)
     hosts = list(by_place.values())
-    if len(hosts) < 2 or {len(ranks) for ranks in hosts} != {len(hosts[0])} or len(hosts[0]) < 2:
+    if len(hosts) in (1, group.size):
         return None
     here = next(i for i, ranks in enumerate(hosts) if group.rank in ranks)
     with group._shared.progress.lock:  # everyone has agreed to be here
@@ -79,10 +79,10 @@ def connect_hosts(group: WiredGroup, host: Host) -> Hierarchy | None:
         wire, name=f"{group.name} on host {here}", deadline=group.deadline, check=group._check, progress_thread=False,
         _parent=group, _members=[group.members[r] for r in hosts[here]],
     )  # fmt: skip
-    if not all(gather_objects(group, inside._local is not None)) or inside._local is None:
+    if not all(gather_objects(group, inside._local is not None or inside.size == 1)):
         inside.close()
         return None
-    return Hierarchy(hosts, group.rank, inside._local)
+    return Hierarchy(hosts, group.rank, inside)
 
 
 class SharedLanes:

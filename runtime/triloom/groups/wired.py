@@ -298,7 +298,7 @@ class WiredGroup(CheckedGroup):
         if self._local is not None:
             self._local.close()
         if self._tree is not None:
-            self._tree.lanes.group.close()
+            self._tree.close()
         progress = self._shared.progress
         if self._owner:
             progress.stop()
