@@ -45,7 +45,7 @@ from .parallel.sharded import ShardedState
 from .parallel.totals import Totals
 from .parallel.trainable import Watch, retrain, unit_runs
 from .parallel.wire import Wire
-from .passes import add_communication, add_recompute, add_state, recomputed_units
+from .passes import add_communication, add_recompute, add_state, recomputed_units, whole_stages
 from .placement import Placement, zero1
 from .program_file import complete
 from .scaling import Scaling, dynamic, fixed
@@ -303,7 +303,7 @@ class Engine:
     def evaluate(self, inputs: Any, targets: Any) -> Metrics:
         """Loss without a gradient or an update; gradient norm and learning rate are 0."""
         if self._eval_program is None:
-            order = add_communication(schedules.forwards(self._order))
+            order = add_communication(schedules.forwards(whole_stages(self._order, self._layout)))
             self._eval_program = self._prove(add_state(order, self._layout, self.placement))[0]
         self._mode(training=False)
         state = self._begin(inputs, targets, training=False)

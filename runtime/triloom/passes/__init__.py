@@ -5,7 +5,7 @@ schedule(ranks, microbatches) -> add_recompute -> add_communication -> add_state
 
 from .communication import INPUT_GRADIENT, add_communication, consumed_by, produced
 from .layout import BucketInfo, StateLayout, check_layout
-from .lowering import WEIGHT_GRADIENT
+from .lowering import WEIGHT_GRADIENT, whole_stages
 from .recompute import add_recompute, recomputed_units
 from .state import add_state, gathers_params
 
@@ -22,4 +22,5 @@ __all__ = [
     "gathers_params",
     "produced",
     "recomputed_units",
+    "whole_stages",
 ]

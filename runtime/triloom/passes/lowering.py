@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from ..actions import COMPUTE, Action, Subject, stage_of
+from ..actions import COMPUTE, Action, Program, Subject, replace_ranks, stage_of
 from .layout import StateLayout
 
 WEIGHT_GRADIENT = ("BW", "W")
@@ -43,6 +43,23 @@ def lower(row: Sequence[Action], layout: StateLayout, wanted: Callable[[int, Act
         held = None
         out += steps
     return out + ([] if held is None else _units(held, layout))
+
+
+def whole_stages(program: Program, layout: StateLayout) -> Program:
+    """Unit actions put together again: the action of the stage where that of its last unit in the row was."""
+    stage_of = {u: s for s, units in enumerate(layout.units) for u in units}
+
+    def row(actions: Sequence[Action]) -> Iterator[Action]:
+        left: dict[Action, int] = {}
+        for a in actions:
+            if a.op in COMPUTE and a.subject.kind == "unit":
+                stage = stage_of[a.subject.index or 0]
+                a = a._replace(subject=Subject("stage", stage))
+                left[a] = left.get(a, len(layout.units[stage])) - 1
+            if not left.get(a):
+                yield a
+
+    return replace_ranks(program, map(row, program.ranks))
 
 
 def _units(action: Action, layout: StateLayout) -> list[Action]:
