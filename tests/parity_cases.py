@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +88,8 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1].contiguous(), targets
 
 
-def train(world: Group, case: Case) -> Outcome:
-    """Run a case on the ranks of ``world``."""
+def train(world: Group, case: Case, between: Callable[[int], None] = lambda step: None) -> Outcome:
+    """Run a case on the ranks of ``world``; ``between(step)`` is called after every step."""
     model = decoder(MODELS[case.model])
     engine = Engine(
         model.units, model.loss, ties=model.ties, world=world, mesh=case.mesh(), schedule=case.schedule,
@@ -105,6 +106,7 @@ def train(world: Group, case: Case) -> Outcome:
         out.norms.append(metrics.grad_norm)
         if step == 0:
             out.moments.update({k: v.clone() for k, v in engine.full_state("exp_avg").items()})
+        between(step)
     out.params.update(engine.full_state())
     engine.close()
     return out

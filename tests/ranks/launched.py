@@ -1,6 +1,6 @@
 """What every launcher must run alike: ``python launched.py TASK OUT.json [wire]``. Rank 0 writes what came out.
 
-TASK: ``launched`` takes the world its launcher announced; ``comm`` gives half of MPI's world as a communicator;
+TASK: ``launched`` takes the world its launcher announced; ``comm`` gives a communicator of its own MPI;
 ``adopt`` takes over the world of a DDP program and trains beside it; ``inside`` runs DDP inside triloom's world.
 wire: ranks of this host do not use its shared memory.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +41,46 @@ def matrix(group: Group) -> None:
         case(group)
 
 
-def losses(group: Group) -> list[str]:
-    """Three steps; every bit of the losses."""
-    case = parity.Case("llama", **MESHES[group.size], steps=3, dtype="float32", microbatches=2)
-    return [loss.hex() for loss in parity.train(group, case).losses]
+STEPS = 5
 
 
-def ddp_steps(model: torch.nn.Module, rank: int, steps: range) -> list[str]:
-    """Steps of a DDP model, each on this rank's own samples."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    found = []
-    for step in steps:
-        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(100 * step + rank))
-        loss = model(x).square().mean()
-        optimizer.zero_grad()
+def losses(group: Group, between: Callable[[int], None] = lambda step: None) -> list[str]:
+    """Every bit of the losses of five steps; ``between(step)`` is called after each."""
+    case = parity.Case("llama", **MESHES[group.size], steps=STEPS, dtype="float32", microbatches=2)
+    return [loss.hex() for loss in parity.train(group, case, between).losses]
+
+
+class DDPProgram:
+    """Somebody's DDP training, a step at a time, over the given torch process group (None: torch's world)."""
+
+    def __init__(self, group: Any = None) -> None:
+        torch.manual_seed(5)
+        layers = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 4))
+        self.model = DistributedDataParallel(layers, process_group=group)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.rank = dist.get_rank(group)
+        self.losses: list[str] = []
+
+    def step(self, step: int) -> None:
+        """On this rank's own samples."""
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(100 * step + self.rank))
+        loss = self.model(x).square().mean()
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        found.append(float(loss).hex())
-    return found
+        self.optimizer.step()
+        self.losses.append(float(loss.detach()).hex())
 
 
-def ddp_model() -> torch.nn.Module:
-    torch.manual_seed(5)
-    return DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 4)))
+def both_under_way(group: Group, torch_group: Any = None) -> None:
+    """Operations of triloom and of torch outstanding at the same time, waited for crosswise."""
+    ours, theirs = torch.ones(70_000), torch.ones(70_000)
+    first = group.all_reduce(ours)
+    second = dist.all_reduce(theirs, group=torch_group, async_op=True)
+    third = group.all_reduce(torch.ones(3))
+    second.wait()
+    third.wait()
+    first.wait()
+    assert ours.eq(group.size).all() and theirs.eq(group.size).all()
 
 
 def launched(options: dict[str, Any]) -> tuple[boot.World, dict[str, Any]]:
@@ -77,30 +95,37 @@ def launched(options: dict[str, Any]) -> tuple[boot.World, dict[str, Any]]:
 
 
 def comm(options: dict[str, Any]) -> tuple[boot.World, dict[str, Any]]:
-    """The odd and the even ranks of MPI's world, backwards, as worlds of their own."""
+    """Communicators of the program's own MPI, backwards: all its ranks if there are two, else the odd and the even."""
     from mpi4py import MPI  # initialises MPI: the program's, not triloom's
 
-    mine = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank % 2, -MPI.COMM_WORLD.rank)
+    everyone = MPI.COMM_WORLD
+    mine = everyone.Split(everyone.rank % (everyone.size // 2), -everyone.rank)
     world = triloom.init(comm=mine, **options)
     assert (world.rank, world.size, world.launcher) == (mine.rank, mine.size, "comm")
     matrix(world.group)
-    found = losses(world.group)
-    everyone = MPI.COMM_WORLD.allgather(found)
-    assert everyone == [found] * MPI.COMM_WORLD.size
+    found = losses(world.group, lambda step: mine.Barrier())
+    assert everyone.allgather(found) == [found] * everyone.size
     return world, {"losses": found}
 
 
 def adopt(options: dict[str, Any]) -> tuple[boot.World, dict[str, Any]]:
-    """A DDP program that takes triloom in, between two of its steps, then once more for half of its ranks."""
+    """A DDP program takes triloom in over its own process group, step by step; then a group of half of its ranks."""
     dist.init_process_group("gloo")
-    model = ddp_model()
-    before = ddp_steps(model, dist.get_rank(), range(1))
-    world = triloom.boot.adopt(torch.distributed, **options)
+    group = dist.new_group()
+    program = DDPProgram(group)
+    program.step(0)
+    world = triloom.adopt(group, **options)
     assert (world.rank, world.size, world.launcher) == (dist.get_rank(), dist.get_world_size(), "adopted")
-    between = ddp_steps(model, world.rank, range(1, 2))
-    found = {"losses": losses(world.group), "ddp": before + between + ddp_steps(model, world.rank, range(2, 3))}
+
+    def between(step: int) -> None:
+        program.step(step + 1)
+        both_under_way(world.group, group)
+
+    found = {"losses": losses(world.group, between), "ddp": program.losses}
+    with triloom.adopt(torch.distributed, **options) as whole:  # one of all ranks beside it
+        matrix(whole.group)
     halves = [dist.new_group([r for r in range(world.size) if r % 2 == k]) for k in range(2)]
-    with triloom.boot.adopt(halves[world.rank % 2], **options) as half:
+    with triloom.adopt(halves[world.rank % 2], **options) as half:
         x = torch.tensor([float(world.rank)])
         half.group.all_reduce(x).wait()
         assert half.size == world.size // 2 and x.item() == sum(range(world.rank % 2, world.size, 2))
@@ -108,19 +133,22 @@ def adopt(options: dict[str, Any]) -> tuple[boot.World, dict[str, Any]]:
 
 
 def inside(options: dict[str, Any]) -> tuple[boot.World, dict[str, Any]]:
-    """DDP inside the world that triloom made."""
+    """DDP inside the world that triloom made, step by step."""
     world = triloom.init(**options)
-    first = losses(world.group)
     store = world.group.rank == 0 and tempfile.mkdtemp()
     folder = _broadcast(world.group, str(store))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=world.rank, world_size=world.size)
-    model = ddp_model()
-    steps = ddp_steps(model, world.rank, range(2))
-    again = losses(world.group)
-    steps += ddp_steps(model, world.rank, range(2, 3))
+    program = DDPProgram()
+    program.step(0)
+
+    def between(step: int) -> None:
+        program.step(step + 1)
+        both_under_way(world.group)
+
+    found = losses(world.group, between)
     dist.destroy_process_group()
-    assert losses(world.group) == again == first
-    return world, {"losses": first, "ddp": steps}
+    assert losses(world.group) == found
+    return world, {"losses": found, "ddp": program.losses}
 
 
 def _broadcast(group: Group, value: str) -> str:

@@ -77,7 +77,7 @@ full = pytest.mark.full
     ],
 )
 def test_two_ranks(launcher: str, words: tuple[str, ...], openmpi: Found, tmp_path: Path) -> None:
-    """The whole matrix of groups and three steps; through shared memory, or "wire": MPI or gloo alone."""
+    """The whole matrix of groups and five steps; through shared memory, or "wire": MPI or gloo alone."""
     found = start(launcher, 2, tmp_path, "launched", *words)
     assert (found["launcher"], found["ranks"], found["local"]) == (NAME[launcher], 2, [0, 2])
     assert found["losses"] == openmpi["losses"]
@@ -109,11 +109,13 @@ def test_four_ranks_of_mpi(launcher: str, four: Found, tmp_path: Path) -> None:
     assert start(launcher, 4, tmp_path, "launched", "wire")["losses"] == four["losses"]
 
 
-@full
-@pytest.mark.parametrize("launcher", ["openmpi", "mpich", "impi-rt"])
-def test_given_communicators(launcher: str, openmpi: Found, tmp_path: Path) -> None:
-    """Two worlds of two ranks in one job of four."""
-    assert start(launcher, 4, tmp_path, "comm", "wire")["losses"] == openmpi["losses"]
+@pytest.mark.parametrize(
+    ("launcher", "ranks"),
+    [("openmpi", 2), *(pytest.param(name, 4, marks=full) for name in ("openmpi", "mpich", "impi-rt"))],
+)
+def test_given_communicators(launcher: str, ranks: int, openmpi: Found, tmp_path: Path) -> None:
+    """A world of two ranks in a job of two; two such worlds in a job of four."""
+    assert start(launcher, ranks, tmp_path, "comm", "wire")["losses"] == openmpi["losses"]
 
 
 @pytest.mark.parametrize(
