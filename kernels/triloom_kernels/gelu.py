@@ -1,8 +1,9 @@
-"""GELU in the tanh form.
+"""GELU, alone and after a bias.
 
-    y = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))
+    tanh:  y = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))        none:  y = x/2 * (1 + erf(x / sqrt(2)))
 
-Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415, section 2; the form of GPT-2.
+Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415, section 2; tanh is the form of GPT-2.
+The kernels are in :mod:`triloom_kernels.biased_gelu`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gelu(x: Tensor) -> Tensor:
-    """Element-wise, any shape; the result has x's dtype."""
-    return F.gelu(x, approximate="tanh")
+def gelu(x: Tensor, approximate: str = "tanh") -> Tensor:
+    """Element-wise, any shape; the result has x's dtype. approximate: ``tanh`` or ``none``, as in torch."""
+    return F.gelu(x, approximate=approximate)
+
+
+def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
+    """``gelu(x + bias)``; x: ``[..., f]``, bias: ``[f]``."""
+    return F.gelu(x + bias, approximate=approximate)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .gelu import gelu
+from .geglu import geglu
+from .gelu import bias_gelu, gelu
 from .layer_norm import layer_norm, layer_norm_residual
 from .rms_norm import rms_norm, rms_norm_residual
 from .rope import split_rotate
@@ -23,6 +24,8 @@ from .swiglu import swiglu
 Function = Callable[..., Any]
 
 EAGER: Mapping[str, Function] = {
+    "bias_gelu": bias_gelu,
+    "geglu": geglu,
     "gelu": gelu,
     "layer_norm": layer_norm,
     "layer_norm_residual": layer_norm_residual,
@@ -34,10 +37,14 @@ EAGER: Mapping[str, Function] = {
 """In torch operations: any device, the references of the others. Their modules do not import Triton."""
 
 TRITON: Mapping[str, str] = {
+    "bias_gelu": "biased_gelu.bias_gelu",
+    "geglu": "gated.geglu",
+    "gelu": "biased_gelu.gelu",
     "layer_norm": "normalising.layer_norm",
     "layer_norm_residual": "normalising.layer_norm_residual",
     "rms_norm": "normalising.rms_norm",
     "rms_norm_residual": "normalising.rms_norm_residual",
+    "swiglu": "gated.swiglu",
 }
 """Kernels; same arguments and results as the eager function. Module and name: imported, and Triton with them, when
 they are first picked."""
