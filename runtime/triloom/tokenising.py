@@ -145,6 +145,8 @@ def _print(everyone: list[dict[str, Any]], progress: Progress, out: TextIO) -> N
 
 
 def _same(results: list[dict[str, Any]]) -> Tokenised:
+    if not results:
+        raise ConfigError("the ranks disagree on what is to be tokenised; start every rank with the same configuration")
     if any(one != results[0] for one in results):
         raise ConfigError("the hosts tokenised different text, or with different tokenizers; give all the same data")
     return Tokenised.from_json(results[0])

@@ -18,7 +18,7 @@ import torch
 from .boot import World
 from .config import Config
 from .config.show import plain
-from .data import Batch, Data, Feed, Tokenised, cut, find, open_found
+from .data import Batch, Data, Feed, Tokenised, cut, find, is_long, open_found
 from .engine import Engine
 from .errors import ConfigError, ProgramError
 from .evaluation import Evaluation, HeldOut
@@ -86,9 +86,13 @@ def prepare(
 
     tokenised: gives what was made of text that must be tokenised first; none: it is done here if there is some.
     """
-    make_plan(config, world_size, data_vocab=_least_vocab(config), sources=sources)  # before anything that takes long
-    ready = tokenise_here(config, sys.stderr) if tokenised is None else tokenised()
-    opened = open_found(config.data, find(config.data), cache_folder(config), ready)
+    found = find(config.data)
+    if tokenised is None:
+        _plan_before(config, world_size, sources)
+        ready = tokenise_here(config, sys.stderr)
+    else:
+        ready = tokenised()
+    opened = open_found(config.data, found, cache_folder(config), ready)
     vocab = opened.vocab or config.model.vocab
     if vocab is None:
         name = opened.train[0].name
@@ -109,9 +113,10 @@ def prepare(
     return Job(plan, data, decoder(plan.decoder))
 
 
-def _least_vocab(config: Config) -> int:
-    """A vocabulary to plan with before the data says its own: it must not be the reason of a refusal."""
-    return config.model.vocab or 2
+def _plan_before(config: Config, world_size: int, sources: Mapping[str, str] | None) -> None:
+    """Raise what a plan would, before text is tokenised for long; of a vocabulary too small to be its reason."""
+    if is_long(config.data, find(config.data)):
+        make_plan(config, world_size, data_vocab=config.model.vocab or 2, sources=sources)
 
 
 @contextmanager
@@ -168,7 +173,7 @@ def prepare_together(
         if world.rank == 0 and checked:
             check_run_dir(config.run.dir, config.run.overwrite)
             check_sinks(config.log)
-        make_plan(config, world.size, data_vocab=_least_vocab(config), sources=sources)
+        _plan_before(config, world.size, sources)
 
     together(world.group, first)
     tokenised = tokenise_together(config, world, out)

@@ -20,6 +20,13 @@ from .tokens import Flat, Ids, Indices, Tokens
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
+OTHER_VOCABULARY = (
+    "raise model.vocab, or give the type that the file was written with (data.token_dtype) and the tokenizer that "
+    "wrote it (data.tokenizer)"
+)
+"""What to do about an id that is too large."""
+
+
 @dataclass(frozen=True)
 class Stretch:
     """A stream of tokens. limit: ids not below it are refused when they are read; None: all are known to be."""
@@ -100,8 +107,8 @@ def _checked(stretch: Stretch, starts: Indices, seq: int) -> Ids:
     if stretch.limit is not None and (int(rows.max()) >= stretch.limit or int(rows.min()) < 0):
         row, column = (int(i[0]) for i in np.nonzero((rows >= stretch.limit) | (rows < 0)))
         raise ConfigError(
-            f"token {starts[row] + column} of {stretch.name} is {rows[row, column]}, and model.vocab = "
-            f"{stretch.limit}; raise model.vocab, or give the dtype that the file was written with (data.token_dtype)"
+            f"token {starts[row] + column} of {stretch.name} is {rows[row, column]}, and the vocabulary has "
+            f"{stretch.limit} tokens; {OTHER_VOCABULARY}"
         )
     return rows
 

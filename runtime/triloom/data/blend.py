@@ -47,13 +47,14 @@ def pattern(counts: Sequence[int]) -> NDArray[np.int64]:
     if sources == 1:
         return np.zeros(period, dtype=np.int64)
     used = [0] * sources
+    every = lcm(*counts)  # makes whole numbers of what is compared
     out = np.empty(period, dtype=np.int64)
     slack = 2 * sources - 2
     for n in range(1, period + 1):
         # Shares that may be served: counts[k] n / period - used[k] >= 1 / slack. Of them the one due first,
         # (used[k] + 1 - 1 / slack) period / counts[k].
         due = [k for k in range(sources) if slack * (counts[k] * n - used[k] * period) >= period]
-        chosen = min(due, key=lambda k: (Fraction(slack * (used[k] + 1) - 1, counts[k]), k))
+        chosen = min(due, key=lambda k: ((slack * (used[k] + 1) - 1) * (every // counts[k]), k))
         used[chosen] += 1
         out[n - 1] = chosen
     return out

@@ -11,12 +11,12 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -120,7 +120,8 @@ def _whole(folder: Path, key: str) -> Iterator[Path]:
     """A folder to write into that becomes ``folder/key`` if nothing goes wrong, and else disappears."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder))
+        part = folder / f".{key}.{uuid4().hex}"
+        part.mkdir()
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}; give another folder (data.cache)") from None
     try:

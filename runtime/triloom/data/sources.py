@@ -181,7 +181,9 @@ def tokenise(
     contents = [content_digest(text, reading) for text in texts]
     made: tuple[str, str] | None = None
     if config.tokenizer in MADE:
-        made = _make_tokenizer(config, texts, contents, folder, stage, say)
+        # Validation text says which characters there are, but no vocabulary is trained on it.
+        seen = len(texts) if config.tokenizer == "char" else sum(isinstance(source, Text) for source in found.train)
+        made = _make_tokenizer(config, texts[:seen], contents[:seen], folder, stage, say)
     tokenizer = _tokenizer(config, folder, made)
     tokenising = stage("tokenising", total)
     keys = []

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from ..errors import ConfigError
-from .batches import Blend, Samples, Stretch, Windows
+from .batches import OTHER_VOCABULARY, Blend, Samples, Stretch, Windows
 from .order import keys
 from .sources import Source, Sources
-from .tokenizers import Tokenizer, digest_of
+from .tokenizers import Bytes, Tokenizer, digest_of
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,11 @@ def cut(
 ) -> Data:
     """Cut ``held_out`` (a fraction) off the end of every source, unless the sources have a validation file.
 
-    vocab: of the model; the ids of token files must be below it. weights: of the sources, None to go through all
-    of them together. Raises ConfigError for ids that are not, and if a part holds no window.
+    vocab: of the model; the ids of token files must be below it, and below the tokenizer's if one is given.
+    weights: of the sources, None to go through all of them together. Raises ConfigError for ids that are not, and
+    if a part holds no window.
     """
+    vocab = min(vocab, sources.vocab or vocab)
     for source in sources.every:
         _check_ids(source, vocab)
     halves = [_halves(source, held_out, vocab) for source in sources.train]
@@ -110,17 +112,16 @@ def _check_ids(source: Source, vocab: int) -> None:
     low, high = source.tokens.bounds()
     if low < 0 or high >= vocab:
         raise ConfigError(
-            f"{source.name} has the token id {low if low < 0 else high}, and model.vocab = {vocab}; raise model.vocab, "
-            "or give the dtype that the file was written with (data.token_dtype)"
+            f"{source.name} has the token id {low if low < 0 else high}, and the vocabulary has {vocab} tokens "
+            f"(model.vocab); {OTHER_VOCABULARY}"
         )
 
 
 def _about(sources: Sources) -> str:
-    parts = []
+    made, parts = sources.tokenizer, []
     for source in sources.train:
-        unit = "bytes" if source.checked and sources.tokenizer is not None and sources.vocab == 256 else "tokens"
+        unit = "bytes" if source.checked and isinstance(made, Bytes) else "tokens"
         parts.append(f"{source.name}, {len(source.tokens):,} {unit}")
-    made = sources.tokenizer
     note = "" if made is None or made.file is None else f" ({made.name})"
     return "; ".join(parts) + note
 

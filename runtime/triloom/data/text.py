@@ -124,14 +124,14 @@ def _file_pieces(file: Path) -> Iterator[tuple[str, int, bool]]:
 
 
 def _boundary(block: bytes) -> int:
-    """Where to cut text that goes on: after the last line end, else before the last character that may be cut."""
+    """Where to cut text that goes on: after the last line end, else before the last character, which may go on."""
     line = block.rfind(b"\n") + 1
     if line:
         return line
-    cut = len(block) - 1
-    while cut > len(block) - 4 and block[cut] & 0xC0 == 0x80:
-        cut -= 1
-    return max(cut, 1)
+    for cut in range(len(block) - 1, max(-1, len(block) - 5), -1):
+        if block[cut] & 0xC0 != 0x80:  # not the continuation of a character
+            return cut
+    return len(block)  # four continuations: not UTF-8, which decoding will say
 
 
 def _open(file: Path) -> BinaryIO:

@@ -43,7 +43,7 @@ class Tokens(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flat:
     """Tokens that are one array, in memory or mapped from a file."""
 
@@ -85,7 +85,7 @@ class Flat:
         return [self._plain[start : start + PIECE] for start in starts]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Documents:
     """An array of documents, each followed by the token ``eos``, which the array does not hold.
 
