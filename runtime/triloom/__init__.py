@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from .boot import World as World
     from .boot import adopt as adopt
     from .boot import init as init
+    from .checkpoint import Checkpoints as Checkpoints
     from .engine import Engine as Engine
     from .engine import Metrics as Metrics
+    from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
     from .errors import DeadlineError as DeadlineError
     from .errors import DeadlockError as DeadlockError
@@ -49,8 +51,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "boot": ("World", "adopt", "init"),
+    "checkpoint": ("Checkpoints",),
     "engine": ("Engine", "Metrics"),
     "errors": (
+        "CheckpointError",
         "ConfigError",
         "DeadlineError",
         "DeadlockError",

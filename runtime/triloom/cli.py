@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import __version__
 from .commands.bench import run_bench
@@ -13,7 +14,7 @@ from .commands.doctor import run_doctor
 from .commands.schedule import run_schedule
 from .commands.timeline import run_timeline
 from .config import Config, Loaded, help_fields, load
-from .errors import ConfigError, DivergedError, ProgramError, TriloomError
+from .errors import CheckpointError, ConfigError, DivergedError, ProgramError, TriloomError
 
 USAGE = """\
 triloom trains one model on many ranks: tensor, pipeline and data parallelism under mpirun.
@@ -36,15 +37,23 @@ triloom train: train a decoder on bytes of text.
       TOML file with a table per section below. The command line overrides it.
   --dry-run [RANKS]
       Check everything, print the resolved configuration and the plan, and stop. RANKS: plan for so many
+  --resume [RUN]
+      Go on with a run: RUN is its directory, whose config.toml is taken unless --config is given, or a checkpoint
+      of it. Without RUN: with that in run.dir, from the beginning if it has no checkpoint yet.
       ranks, without mpirun. The output is a file for --config.
   --help
       This text.
 
 Every key is written --section.key value or --section.key=value; a bare --section.key means true.
 """
+Told to stop by SIGTERM, SIGUSR1 or Ctrl-C, all ranks finish the step, save and leave with exit code 75; a second
+signal ends them at once. (mpirun hands on SIGUSR1. Told SIGTERM or Ctrl-C itself, it gives the ranks
+PRTE_MCA_odls_base_sigkill_timeout seconds.)
 
-OK, FAILED, REFUSED = 0, 1, 2
-"""Exit codes: refused means that nothing was started."""
+
+OK, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
+"""Exit codes: refused means that nothing was started, stopped that a signal ended the run, its state saved (EX_TEMPFAIL
+of sysexits.h: try again later)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class TrainOptions:
     config: str | None = None
     dry_run: bool = False
     ranks: int | None = None
+    resume: str | None = None
+    """What --resume named; empty: nothing."""
     words: tuple[str, ...] = ()
     """The rest: overrides."""
 
@@ -99,20 +110,21 @@ def run_train(words: Sequence[str]) -> int:
                 if world.rank == 0:
                     print(describe(job))
                 return OK
-            train(loaded.config, world, sources=loaded.sources)
-        except (SetupError, ProgramError, DivergedError) as problem:  # on every rank alike: told once
+            result = train(loaded.config, world, sources=loaded.sources)
+        except (SetupError, ProgramError, DivergedError, CheckpointError) as problem:  # on every rank alike: told once
             if world.rank == 0:
                 _refuse(problem)
-            return FAILED if isinstance(problem, DivergedError) else REFUSED
-    return OK
+            return FAILED if isinstance(problem, DivergedError | CheckpointError) else REFUSED
+    return OK if result.stopped is None else STOPPED
 
 
 def read_options(words: Sequence[str]) -> TrainOptions:
     """Take ``--config`` and ``--dry-run`` out of the words; raises ConfigError."""
-    rest, overrides = list(words), []
+    rest, overrides = list(words), list[str]()
     config: str | None = None
     dry_run, ranks = False, None
     while rest:
+    resume: str | None = None
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if name == "--config":
@@ -123,6 +135,10 @@ def read_options(words: Sequence[str]) -> TrainOptions:
             config = value if equals else rest.pop(0)
         elif name == "--dry-run":
             dry_run = True
+        elif name == "--resume":
+            if resume is not None:
+                raise ConfigError("--resume is given twice; keep one")
+            resume = value if equals or not rest or rest[0].startswith("--") else rest.pop(0)
             if not equals and rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
             if value and (not value.isdigit() or int(value) < 1):
@@ -130,7 +146,16 @@ def read_options(words: Sequence[str]) -> TrainOptions:
             ranks = int(value) if value else None
         else:
             overrides.append(word)
-    return TrainOptions(config, dry_run, ranks, tuple(overrides))
+    if resume is not None:
+        overrides.append(f"--run.resume={resume or 'auto'}")
+    return TrainOptions(config or _config_of(resume), resume, dry_run, ranks, tuple(overrides))
+
+
+def _config_of(resume: str | None) -> str | None:
+    """The config.toml of a run directory, or of that which a checkpoint is in."""
+    place = Path(resume or "").expanduser()
+    found = [p / "config.toml" for p in (place, *place.absolute().parents[:2]) if (p / "config.toml").is_file()]
+    return str(found[0]) if resume and found else None
 
 
 def _read(words: Sequence[str]) -> tuple[TrainOptions, Loaded, ConfigError | None]:

@@ -32,9 +32,9 @@ FILES = ("config.toml", "metrics.jsonl", "timeline.json", "loss.svg", "loss.png"
 """Everything a run writes; ``run.overwrite`` removes these and nothing else."""
 
 
-def check_run_dir(wanted: str | None, overwrite: bool) -> None:
-    """Raise ConfigError for a folder that holds something, unless ``overwrite``; touches nothing."""
-    if wanted is None:
+def check_run_dir(wanted: str | None, overwrite: bool, *, goes_on: bool = False) -> None:
+    """Raise ConfigError for a folder that holds something, unless ``overwrite`` or ``goes_on``; touches nothing."""
+    if wanted is None or goes_on:
         return
     path = Path(wanted).expanduser()
     if path.exists() and not path.is_dir():
@@ -42,7 +42,7 @@ def check_run_dir(wanted: str | None, overwrite: bool) -> None:
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ConfigError(
             f"run.dir = {wanted!r} is not empty; give another folder, or run.overwrite = true to replace "
-            f"{', '.join(FILES)} in it"
+            f"{', '.join(FILES)} in it, or run.resume = 'auto' to go on with that run"
         )
 
 
@@ -81,10 +81,15 @@ def _new_by_time(parent: Path) -> Path:
 
 
 class MetricsFile:
-    """One JSON object a line, on disk when ``write`` returns. Numbers that are not finite become null."""
+    """One JSON object a line, on disk when ``write`` returns. Numbers that are not finite become null.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("x", encoding="utf-8", buffering=1)
+    records: of a file that is there, so many stay at the beginning; None: there must be none.
+    """
+
+    def __init__(self, path: Path, records: int | None = None) -> None:
+        if records is not None:
+            _keep_lines(path, records)
+        self._file = path.open("x" if records is None else "a", encoding="utf-8", buffering=1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n")
@@ -94,6 +99,14 @@ class MetricsFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._file.close()
+
+
+def _keep_lines(path: Path, count: int) -> None:
+    """The first ``count`` whole lines of a file that may not be there."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    rest = path.with_suffix(".rest")
+    rest.write_text("".join(line for line in lines[:count] if line.endswith("\n")), encoding="utf-8")
+    rest.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -119,6 +132,8 @@ class Result:
     """Highest bytes by class of memory, and of all together (``total``), for every rank."""
     foreseen: str = ""
     """How near the estimate of the memory came; of rank 0."""
+    stopped: str | None = None
+    """What ended the run before its last step."""
 
     @property
     def held_out_loss(self) -> float | None:
@@ -173,18 +188,38 @@ class Silent:
 class RunLog(AbstractContextManager["RunLog"]):
     """The log of rank 0: run directory, metrics.jsonl, the sinks, the live line and the plot."""
 
-    def __init__(self, plan: Plan, data: str, world: World, out: TextIO, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        data: str,
+        world: World,
+        out: TextIO,
+        sinks: Sequence[Sink] = (),
+        goes_on: GoesOn | None = None,
+    ) -> None:
         self._plan = plan
-        run, t = plan.config.run, plan.config.train
-        self.folder: Path = make_run_dir(run.dir, run.overwrite)
+@dataclass(frozen=True)
+class GoesOn:
+    """A run that does not begin at the beginning."""
+
+    folder: Path | None = None
+    """Run directory that is used again; None: a new one."""
+    records: int = 0
+    """Steps that were tried before: so many lines of metrics.jsonl stay."""
+    notes: Sequence[str] = ()
+
+
+        run, t, before = plan.config.run, plan.config.train, goes_on or GoesOn()
+        self.folder: Path = before.folder or make_run_dir(run.dir, run.overwrite)
         head = f"triloom {__version__}: {world.size} ranks, mesh {plan.mesh}, torch {torch.__version__}"
         (self.folder / "config.toml").write_text(to_toml(plan.config, head), encoding="utf-8")
-        self._metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self._metrics = MetricsFile(self.folder / "metrics.jsonl", before.records if before.folder else None)
         self._sinks = [self._metrics.write, *open_sinks(plan.config, self.folder), *sinks]
         self._line = LiveLine(out, t.steps, t.log_every)
-        self._tokens = 0
+        self._tokens = self._before = plan.tokens_per_step * before.records
+        self._steps_done = 0
         self._pace = Pace(t.steps)
-        for text in headline(plan, data, world):
+        for text in (*headline(plan, data, world), *before.notes):
             self._line.say(text)
 
     def step(
@@ -201,6 +236,7 @@ class RunLog(AbstractContextManager["RunLog"]):
             "step": metrics.step,
             "loss": metrics.loss,
             "grad_norm": metrics.grad_norm,
+        self._steps_done += not metrics.skipped
             "lr": metrics.lr,
             "skipped": metrics.skipped,
             "loss_scale": metrics.scale,
@@ -221,9 +257,10 @@ class RunLog(AbstractContextManager["RunLog"]):
             self._line.say(f"held-out loss {evaluation.loss:.4f} after {after}: {evaluation}")
 
     def finish(self, result: Result) -> None:
-        speed = self._tokens / result.seconds
+        speed = (self._tokens - self._before) / result.seconds
+        how = "trained" if result.stopped is None else f"stopped by {result.stopped} after"
         self._line.say(
-            f"trained {plural(self._plan.config.train.steps, 'step')} in {duration(result.seconds)}: "
+            f"{how} {plural(self._steps_done, 'step')} in {duration(result.seconds)}: "
             f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}, {speed:,.0f} tokens/s over all"
         )
         largest = max(result.peak_bytes, key=lambda one: one["total"])
@@ -239,6 +276,8 @@ class RunLog(AbstractContextManager["RunLog"]):
         points = [(r["step"], r["loss"]) for r in read_metrics(self.folder / "metrics.jsonl") if r["loss"] is not None]
         curves = {f"training, mesh {self._plan.mesh}": points}
         try:
+        if result.stopped is not None:
+            self._line.say(f"triloom train --resume {self.folder} goes on")
             return [path.name for path in plot_losses(curves, self.folder, f"{self.folder.name}: loss")]
         except PlotUnavailableError as error:
             self._line.say(str(error))
@@ -257,9 +296,11 @@ def keep_tokenizer(data: Data, folder: Path | None) -> None:
         (folder / file[0]).write_text(file[1], encoding="utf-8")
 
 
-def open_log(plan: Plan, data: str, world: World, out: TextIO, sinks: Sequence[Sink] = ()) -> Log:
+def open_log(
+    plan: Plan, data: str, world: World, out: TextIO, sinks: Sequence[Sink] = (), goes_on: GoesOn | None = None
+) -> Log:
     """The log of this rank; raises ConfigError if rank 0 cannot make the run directory."""
-    return Silent() if world.rank else RunLog(plan, data, world, out, sinks)
+    return Silent() if world.rank else RunLog(plan, data, world, out, sinks, goes_on)
 
 
 def headline(plan: Plan, data: str, world: World) -> list[str]:

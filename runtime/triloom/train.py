@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from .plan import Plan, held_out, make_plan
 from .program_file import check, has_state
 from .runlog import Log, Result, check_run_dir, keep_tokenizer, open_log
 from .scaling import dynamic, fixed
+from .resuming import RunCheckpoints, find_start, go_on
 from .sinks import Sink, check_sinks
 from .spans import spans_on
 from .timing import Timing, make_timing
@@ -141,7 +143,8 @@ def train(
 
     sources: where each key was given, for error messages. sinks: functions that take the record of each step, on
     rank 0 (``triloom.sinks``). Raises SetupError on every rank if the run
-    cannot start, DivergedError on every rank if the gradient stops being finite.
+    cannot start, DivergedError on every rank if the gradient stops being finite, CheckpointError on every rank if a
+    checkpoint cannot be written, or none be read to go on from.
     """
     job = prepare_together(config, world, sources, out or sys.stdout)
     agree_on(world.group, _must_agree(job), "start every rank with the same configuration and data")
@@ -152,10 +155,12 @@ def train(
     with _naming_file(job.plan):
         engine = make_engine(job, world, spans)
     timing = make_timing(engine, spans, world.group, job.plan.config.run.timeline)
-    log = together(world.group, lambda: open_log(job.plan, job.data.about, world, out or sys.stdout, sinks))
+    log = together(world.group, lambda: open_log(job.plan, job.data.about, world, out or sys.stdout, sinks, goes_on))
     keep_tokenizer(job.data, log.folder)
-    with log:
-        result = Loop(job, engine, log, world, timing).run()
+    restored, goes_on = go_on(engine, config, world, job.data.digest)
+    saves = RunCheckpoints(job.plan.config, engine, log.folder, world, job.data.digest, restored)
+    with log, saves:
+        result = Loop(job, engine, log, world, timing, saves).run()
     # Not after an error: releasing a group may wait for ranks that wait for this one.
     engine.close()
     return result
@@ -171,7 +176,7 @@ def prepare_together(
 
     def first() -> None:
         if world.rank == 0 and checked:
-            check_run_dir(config.run.dir, config.run.overwrite)
+            check_run_dir(config.run.dir, config.run.overwrite, goes_on=find_start(config).run is not None)
             check_sinks(config.log)
         _plan_before(config, world.size, sources)
 
@@ -222,7 +227,7 @@ def make_engine(job: Job, world: World, record: Recorder | None = None) -> Engin
 class Loop:
     """The steps of one run, on one rank."""
 
-    def __init__(self, job: Job, engine: Engine, log: Log, world: World, timing: Timing) -> None:
+    def __init__(self, job: Job, engine: Engine, log: Log, world: World, timing: Timing, saves: RunCheckpoints) -> None:
         self._config = job.plan.config
         self._plan = job.plan
         self._job = job
@@ -234,9 +239,10 @@ class Loop:
     def run(self) -> Result:
         begin = time.perf_counter()
         losses: list[float] = []
+        self._saves = saves
         held_out = self._job.held_out(self._world.rank)
         evaluation: Evaluation | None = None
-        with self._job.feed(self._world.rank) as feed:
+        with self._job.feed(self._world.rank, self._saves.position) as feed:
             while self._engine.steps < self._config.train.steps:  # a skipped step is not counted, but uses up its batch
                 start = time.perf_counter()
                 metrics = self._engine.step(*feed.next())
@@ -251,9 +257,13 @@ class Loop:
         memory = gather_objects(self._world.group, self._engine.memory().shown)
         self._timing.finish(self._log.folder)
         foreseen = "" if self._world.rank else compared(self._plan, self._engine.optimizer, memory, self._world.device)
-        result = Result(self._log.folder, losses[0], losses[-1], evaluation, spent, tuple(memory), foreseen)
+        first, last = (losses[0], losses[-1]) if losses else (math.nan, math.nan)  # nothing was left to do
+        result = Result(self._log.folder, first, last, evaluation, spent, tuple(memory), foreseen, self._saves.stopped)
         self._log.finish(result)
         return result
+                if self._saves.after(metrics, feed.position):
+                    break
+        self._saves.finish()
 
     def _due(self, step: int) -> bool:
         t = self._config.train

@@ -17,5 +17,18 @@ from .load import Restored, load
 from .manifest import Manifest, Tensor
 from .read import read_manifest, read_tensor, verify
 from .save import save
+from .series import Checkpoints, found, path_of
 
-__all__ = ["Manifest", "Restored", "Tensor", "load", "read_manifest", "read_tensor", "save", "verify"]
+__all__ = [
+    "Checkpoints",
+    "Manifest",
+    "Restored",
+    "Tensor",
+    "found",
+    "load",
+    "path_of",
+    "read_manifest",
+    "read_tensor",
+    "save",
+    "verify",
+]

@@ -54,13 +54,22 @@ class Saving:
     """A save under way. Building it is collective and takes the state as it is now; the steps may go on after it.
 
     staging: the buffer that the state is copied to where it cannot be written in place. background: copy everything
-    and return at once; :meth:`advance` must then be called with what all ranks say.
+    and return at once; :meth:`advance` must then be called with what all ranks say. then: what rank 0 does when the
+    checkpoint is there.
     """
 
     def __init__(
-        self, engine: Engine, folder: Path, extra: Mapping[str, Any], *, staging: Staging, background: bool
+        self,
+        engine: Engine,
+        folder: Path,
+        extra: Mapping[str, Any],
+        *,
+        staging: Staging,
+        background: bool,
+        then: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
+        self._then = then
         self.step = engine.steps
         self.stage: Callable[[], None] | None = self._committing
         """What to do when no rank is busy; None: all is done."""
@@ -239,6 +248,7 @@ class Saving:
         with explained("cannot rename", self._temporary):
             replace_folder(self._temporary, self.folder)
             sync_folder(self.folder.parent)
+        self._then()
 
 
 def check_target(folder: Path) -> None:

@@ -271,10 +271,28 @@ class RunConfig(Section):
     """Folder for config.toml, metrics.jsonl (one object a step; bytes are those of rank 0), timeline.json and the
     plot; none: a new runs/<date>-<time>."""
     overwrite: bool = False
-    """Replace the files of an earlier run in run.dir, instead of refusing a folder that is not empty."""
+    """Replace the files of an earlier run in run.dir, instead of refusing a folder that is not empty. Does nothing where
+    run.resume is given."""
     timeline: Annotated[int, at_least(0)] = 3
     """Steps at the end of the run that go to timeline.json (for Perfetto, chrome://tracing and triloom timeline);
     0: nothing is measured, and metrics.jsonl says nothing of the pipeline."""
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """What is kept of a run, to go on from (run.resume) on any mesh."""
+
+    every: Annotated[int, at_least(0)] = 0
+    """Steps between checkpoints; the last step is saved too. 0: only when the run is told to stop, by SIGTERM, SIGUSR1
+    or Ctrl-C."""
+    keep: Annotated[int | None, at_least(1)] = 2
+    """So many of the newest stay; none: all."""
+    keep_every: Annotated[int | None, at_least(1)] = None
+    """Checkpoints of steps that are multiples of this stay too."""
+    asynchronous: bool = True
+    """Steps wait only for a copy of the state in memory, which is written in the background."""
+    dir: str | None = None
+    """Folder of the checkpoints, seen by all ranks; none: checkpoints in the run directory."""
+
+
     plot: bool = True
     """Draw loss.svg and loss.png at the end (needs matplotlib: pip install 'triloom[plot]')."""
 
@@ -282,6 +300,9 @@ class RunConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run, one field per section."""
+    resume: str | None = None
+    """Go on from a checkpoint: of a run directory (the newest that is whole), or one. In the run directory itself
+    unless run.dir names another. auto: as run.dir, from the beginning if there is no checkpoint yet."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -304,7 +325,9 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "check": CheckConfig,
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     "log": LogConfig,
     "run": RunConfig,
 }
 """Section name to its class, in the order of ``Config``."""
+    "checkpoint": CheckpointConfig,
