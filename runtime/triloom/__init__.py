@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .groups.threads import run_threads as run_threads
     from .mesh import Mesh as Mesh
     from .mesh import make_mesh as make_mesh
+    from .microbatches import Microbatches as Microbatches
     from .optim import SGD as SGD
     from .optim import Adafactor as Adafactor
     from .optim import AdamW as AdamW
@@ -69,6 +70,7 @@ _HOME = {
     "groups.solo": ("Solo",),
     "groups.threads": ("run_threads",),
     "mesh": ("Mesh", "make_mesh"),
+    "microbatches": ("Microbatches",),
     "optim": (
         "Adafactor",
         "AdamW",

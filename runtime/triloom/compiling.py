@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import astuple
 
 from .actions import COMPUTE, Program
+from .errors import ConfigError
 from .groups.base import Group
 from .groups.mesh_groups import MeshGroups
 from .groups.objects import gather_objects
@@ -24,8 +25,18 @@ def state_layout(stages: Sequence[range], state: ShardedState, pp: Group) -> Sta
     )
 
 
-def prove(program: Program, layout: StateLayout, placement: Placement, groups: MeshGroups) -> Verdict:
-    """The proof, with the collectives of tensor parallelism inside computes and those of the state actions."""
+def needs_headers(shapes: str) -> bool:
+    """Whether activations travel behind a header with their shapes; raises ConfigError for an unknown ``shapes``."""
+    if shapes not in ("batch", "data"):
+        raise ConfigError(f"shapes between stages follow from 'batch' or 'data', got shapes={shapes!r}")
+    return shapes == "data"
+
+
+def prove(program: Program, layout: StateLayout, placement: Placement, groups: MeshGroups, headers: bool) -> Verdict:
+    """The proof, with the collectives of tensor parallelism inside computes and those of the state actions.
+
+    headers: shapes of activations travel with them.
+    """
     of_state, tp = state_footprint(layout), groups.axis("tp").size
     return verify(
         program,
@@ -34,4 +45,5 @@ def prove(program: Program, layout: StateLayout, placement: Placement, groups: M
         groups={"tp": inside(len(program.ranks))},
         layout=layout,
         placement=placement,
+        headers=headers,
     )

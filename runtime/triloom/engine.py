@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,7 +18,7 @@ from .actions import Action, Program
 from .budget import fit
 from .checkpoint import Restored, load, save
 from .choosing import Auto, Choice, Chooser
-from .compiling import prove, state_layout
+from .compiling import needs_headers, prove, state_layout
 from .described import describe
 from .errors import ConfigError
 from .groups.base import Group
@@ -40,6 +40,7 @@ from .parallel.executor import Executor, Recorder, StepState
 from .parallel.gather import gather_full
 from .parallel.norms import Clip
 from .parallel.partition import partition
+from .parallel.precision import model_dtype
 from .parallel.reduction import Reduction
 from .parallel.sharded import ShardedState
 from .parallel.totals import Totals
@@ -51,7 +52,6 @@ from .program_file import complete
 from .scaling import Scaling, dynamic, fixed
 from .schedules import Schedule
 from .scope import Scope
-from .shards import ShardSpec
 from .together import together
 from .verify import Verdict
 
@@ -93,7 +93,10 @@ class Engine:
     microbatches: pieces each dp rank's batch is cut into. stages: number of units of each stage,
     even if left out. clip: largest global gradient norm (2-norm, or a Clip), None for no clipping. scaling: of the
     loss, and how many steps with a gradient that is not finite may be skipped in a row; dynamic for fp16.
-    reduction: how gradients are summed over dp (``parallel.reduction``: exactly, or compressed).
+    reduction: how gradients are summed over dp (``parallel.reduction``: exactly, or compressed). dtype: of the
+    parameters that functions of a Scope make, and of activations; the placement's, or fp32, if left out.
+    shapes: what the shapes between stages follow from, the shapes of the ``batch`` or its ``data`` too; then every
+    activation travels behind a header, and memory is measured anew in each step.
     record: is told when each action ran (``spans.Spans``).
 
     Raises ConfigError, MeshError or ProgramError, on every rank, before the first step.
@@ -113,17 +116,19 @@ class Engine:
         clip: float | Clip | None = 1.0,
         scaling: Scaling | None = None,
         reduction: Reduction | None = None,
+        shapes: Literal["batch", "data"] = "batch",
         ties: Sequence[Sequence[str]] = (),
         stages: Sequence[int] | None = None,
         sequence_parallel: bool = False,
         seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         record: Recorder | None = None,
     ) -> None:
         self.world = world or Solo()
         self.mesh = mesh or make_mesh(self.world.size)
         self.placement = placement or zero1()
+        dtype = model_dtype(dtype, self.placement)
         self.optimizer = optimizer or AdamW()
         self.groups = mesh_groups(self.world, self.mesh)
         self.steps = 0
@@ -135,7 +140,8 @@ class Engine:
         order = make(pp.size, microbatches)
         self._stages = partition(len(self.named), len(order.stages), stages)
         self._where = order.stages
-        same = self._fingerprint(order, [clip, scaling, reduction, seed], ties)
+        self._headers = needs_headers(shapes)
+        same = self._fingerprint(order, [clip, scaling, reduction, seed, shapes], ties)
         agree(self.world, "the engine's configuration", same)
         self.scope = Scope(
             tp=self.groups.axis("tp"),
@@ -181,10 +187,11 @@ class Engine:
             device=self.scope.device,
             pool=Pool(torch.get_num_threads()) if torch.get_num_threads() > 1 else None,
             reduction=reduction,
+            seed=self.scope.seed,
         )
         self.modules, self._collector = assemble(
             self.named, coord_of, scope=self.scope, ties=self.ties, tie_groups=tie_groups,
-            groups=self.groups, world=self.world, state=self.state, optimizer=self.optimizer,
+            groups=self.groups, world=self.world, state=self.state,
         )  # fmt: skip
         enter(self.ledger, self.state, self.state.buckets, self.modules.values())
         self._units = unit_runs(self.modules, self.state, len(self.named) - 1)
@@ -224,6 +231,7 @@ class Engine:
             record=record,
             ledger=self.ledger,
             flops=self.placement.activations == "budget",
+            headers=self._headers,
         )
 
     def _adopt(self, order: Program, record: Recorder | None) -> None:
@@ -256,7 +264,7 @@ class Engine:
         return self._prove(complete(order, self._layout, self.placement))
 
     def _prove(self, program: Program) -> tuple[Program, Verdict]:
-        return program, prove(program, self._layout, self.placement, self.groups)
+        return program, prove(program, self._layout, self.placement, self.groups, self._headers)
 
     # -- use -------------------------------------------------------------------------------------
 
@@ -322,8 +330,8 @@ class Engine:
 
         Collective. Holds the whole model on every rank: for tests, export and small models.
         """
-        specs: dict[str, ShardSpec] = {name: p.spec for name, p in self.state.params.items()}
-        state = gather_full(views.whole(self.state, kind), specs, self.groups)
+        mine = views.whole(self.state, kind)
+        state = gather_full(mine, views.specs(self.state, mine), self.groups)
         if not state:
             raise ConfigError(f"no parameter has a state {kind!r}; ask for params, master or a state of the optimizer")
         return state

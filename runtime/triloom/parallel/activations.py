@@ -102,6 +102,12 @@ class Activations:
         self._step = _Step(signatures, training)
         self._lives.recomputed = recomputed
 
+    def forget(self) -> None:
+        """Measure anew."""
+        self.measured.clear()
+        self._complete.clear()
+        self._deferred.clear()
+
     def end(self) -> None:
         """Every transfer is over."""
         self._ledger.set("transfers", 0)

@@ -108,7 +108,8 @@ class Executor:
     stages: the units of every stage of the model, as global unit numbers; where: the pipeline
     coordinate of every stage; here: this rank's coordinate; handlers: of the actions on sharded state; ready:
     waits for the parameters of a unit; ledger: is told of all bytes that computes hold; flops:
-    of the forwards are counted.
+    of the forwards are counted. headers: shapes between stages depend on more than the shapes of the batch, so that
+    every activation travels behind a header, and sizes are measured anew in each step.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Executor:
         record: Recorder | None = None,
         ledger: Ledger | None = None,
         flops: bool = False,
+        headers: bool = False,
     ) -> None:
         self._stages = stages
         self._where = where
@@ -137,6 +139,7 @@ class Executor:
         self._record = record
         self._metas: dict[tuple[int, Any], TreeMeta] = {}
         self._seen: set[Any] = set()
+        self._headers = headers
         self._apart: tuple[Sequence[Action], frozenset[int]] = ((), frozenset())
         """The units with a W of the list that ran last."""
         self.activations = Activations(ledger or Ledger(), stages[-1][-1], flops=flops)
@@ -153,6 +156,8 @@ class Executor:
 
     def run(self, actions: Sequence[Action], state: StepState) -> None:
         """Execute a verified list. Returns with every transfer done."""
+        if self._headers:
+            self._forget(state)
         state.unknown = frozenset(state.signatures) - self._seen
         if self._apart[0] is not actions:
             self._apart = actions, frozenset(u for a in actions if a.op == "W" for u in self._subject_units(a))
@@ -170,6 +175,13 @@ class Executor:
         self._wire.drain()
         self.activations.end()
         self._seen |= state.unknown
+
+    def _forget(self, state: StepState) -> None:
+        """Nothing is known of a microbatch from another one."""
+        state.signatures = list(enumerate(state.signatures))
+        self._metas.clear()
+        self._seen.clear()
+        self.activations.forget()
 
     def unsplit(self) -> dict[int, list[str]]:
         """Units with a W of their own in which nothing can wait for it, and their parameters; known after a step."""
@@ -322,8 +334,8 @@ class Executor:
         elif self._metas[stage, signature] != meta:
             raise TriloomError(
                 f"stage {stage} gave another shape for microbatch {mb} than before with the same batch shapes: "
-                f"{self._metas[stage, signature].leaves} then, {meta.leaves} now; shapes between stages may depend on "
-                "the shapes of the batch only"
+                f"{self._metas[stage, signature].leaves} then, {meta.leaves} now; give Engine(shapes='data') if shapes "
+                "between stages depend on more than the shapes of the batch"
             )
         self._wire.send(x.tensors(), peer, self.activations.send("act", self._stages[stage][-1], mb))
         self.activations.transferring(self._wire.held)

@@ -3,7 +3,11 @@
 A transfer of a pytree is one message per tensor. Shapes are known from the step before with the
 same batch shapes; in a step whose batch shapes are new, every activation travels behind a header
 (both sides know it: the batch shapes are the same on all stages), and its receive is posted when it
-is taken, because the header must be read first.
+is taken, because the header must be read first. So is every activation where shapes depend on the data.
+
+A receive that is posted when it is taken, in the order of its link, cannot deadlock where one posted
+early does not, on independent operations or a lane per direction: nobody waits for it but its taker and
+the takers of what follows on the link.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError
-from ..groups.base import Group, Work
+from ..groups.base import DTYPES, Group, Work
 from .cut import Boundary
 
 HEADER_WORDS = 512
@@ -61,7 +65,14 @@ def fill(meta: TreeMeta, tensors: list[torch.Tensor]) -> Boundary:
 
 
 def encode(meta: TreeMeta) -> torch.Tensor:
-    text = json.dumps([pytree.treespec_dumps(meta.spec), meta.leaves, meta.needs_grad]).encode()
+    """``int64[HEADER_WORDS]``. Raises ConfigError for a pytree that cannot be described in it."""
+    try:
+        text = json.dumps([pytree.treespec_dumps(meta.spec), meta.leaves, meta.needs_grad]).encode()
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"what goes from stage to stage must be dicts, lists, tuples, tensors and plain values (None, bool, int, "
+            f"float, str): {str(error).splitlines()[0]}"
+        ) from error
     if len(text) > 8 * (HEADER_WORDS - 1):
         raise ConfigError(
             f"the pytree between two stages describes itself in {len(text)} bytes, at most {8 * (HEADER_WORDS - 1)} "
@@ -78,6 +89,32 @@ def decode(words: torch.Tensor) -> TreeMeta:
     raw = words.view(torch.uint8)[8 : 8 + int(words[0])]
     spec, leaves, needs = json.loads(bytes(raw.tolist()))
     return TreeMeta(pytree.treespec_loads(spec), tuple(leaves), tuple(needs))
+
+
+def _words(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """int64 words that hold such a tensor."""
+    return -(-torch.Size(shape).numel() * dtype.itemsize // 8)
+
+
+def pack(t: torch.Tensor) -> torch.Tensor:
+    """The tensor as groups take it: contiguous, and of a dtype that they have, or its bytes in int64 words (a copy)."""
+    t = t.contiguous()
+    if t.dtype in DTYPES:
+        return t
+    words = torch.zeros(_words(tuple(t.shape), t.dtype), dtype=torch.int64, device=t.device)
+    words.view(torch.uint8)[: t.nbytes] = t.view(-1).view(torch.uint8)
+    return words
+
+
+def room_for(meta: TensorMeta, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor to be received, and what groups put it into: itself, or int64 words that it is a view of."""
+    shape, dtype = meta
+    if dtype in DTYPES:
+        t = torch.empty(shape, dtype=dtype, device=device)
+        return t, t
+    words = torch.empty(_words(shape, dtype), dtype=torch.int64, device=device)
+    flat = words.view(torch.uint8)[: torch.Size(shape).numel() * dtype.itemsize]
+    return flat.view(dtype).view(shape), words
 
 
 @dataclass(slots=True)
@@ -102,8 +139,7 @@ class Wire:
         """Post; the tensors are held until they have left. alone: bytes that nobody else holds."""
         group, rank = self._link(peer, "send")
         self._outbox = [entry for entry in self._outbox if not entry[0].done()]
-        for t in tensors:
-            t = t.contiguous()
+        for t in map(pack, tensors):
             self._outbox.append((group.send(t, rank), t, alone))
             alone = 0
 
@@ -147,8 +183,8 @@ class Wire:
 
     def _post(self, metas: list[TensorMeta], peer: int) -> tuple[list[torch.Tensor], list[Work]]:
         group, rank = self._link(peer, "recv")
-        tensors = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in metas]
-        return tensors, [group.recv(t, rank) for t in tensors]
+        rooms = [room_for(meta, self._device) for meta in metas]
+        return [t for t, _ in rooms], [group.recv(words, rank) for _, words in rooms]
 
     def drain(self) -> None:
         """Wait until everything has left."""

@@ -60,9 +60,12 @@ class Verdict:
     """Per pipeline coordinate, a bound on the bytes of activations; None if no sizes were given."""
     order: tuple[Place, ...]
     """(coordinate, step) of all actions in an order in which they can run."""
+    headers: bool = False
+    """Activations travel behind a header with their shapes, so that nobody knows their bytes before."""
 
     def __str__(self) -> str:
         peak = "" if self.peak_bytes is None else f", {max(self.peak_bytes)} bytes of activations at most"
+        peak = ", bytes of activations unknown: their shapes come with the data" if self.headers else peak
         lines = [f"accepted on {self.lanes} lanes; at most {max(self.in_flight)} microbatches in flight{peak}"]
         lines += [f"  proven: {p}" for p in self.proven] + [f"  assumed: {a}" for a in self.assumed]
         return "\n".join(lines)
@@ -77,6 +80,7 @@ def verify(
     sizes: Sequence[StageBytes] | None = None,
     layout: StateLayout | None = None,
     placement: Placement | None = None,
+    headers: bool = False,
 ) -> Verdict:
     """Prove a program or raise ProgramError with the reason, the actions and the rank-by-step grid.
 
@@ -86,6 +90,8 @@ def verify(
     groups: the coordinates in each group that the footprint names, beyond ``state_groups(layout)``.
     sizes: bytes per stage; with them the verdict has ``peak_bytes``.
     layout: needed for unit and state actions.  placement: with it, UNSHARD is required or refused.
+    headers: an activation is two messages on its lane, the first with the shapes of the second, whose receive is posted
+    when it is used; the proof is that of the program with every receive there. ``peak_bytes`` is then None.
     """
     _check_shape(program, sizes)
     lane_name, lane_of = find_lanes(lanes)
@@ -97,14 +103,16 @@ def verify(
     if state_in_order(facts, placement):
         proven.append("each bucket is reduced after its last gradient, then clipped, stepped and gathered, once")
     known = state_groups(layout, len(program.ranks)) | dict(groups or {})
-    order = run(facts, lane_of, footprint or state_footprint(layout), known)
+    order = run(facts, lane_of, footprint or state_footprint(layout), known, late=headers)
     proven.append("members of a group issue the same collectives in the same order")
     proven.append(f"no deadlock without any buffering, on {lane_name} lanes")
-    bound = None if sizes is None else peak_bytes(facts, sizes)
+    bound = None if sizes is None or headers else peak_bytes(facts, sizes)
     if bound is not None:
         proven.append("peak bytes of activations, whatever the timing")
     assumed = ASSUMED + (W_APART,) * any(op == "W" for op, _, _ in facts.spans)
-    return Verdict(lane_name, assumed, tuple(proven), in_flight(facts), bound, order)
+    if headers:
+        proven.append("a header travels on the lane of its activation, before it")
+    return Verdict(lane_name, assumed, tuple(proven), in_flight(facts), bound, order, headers)
 
 
 def _check_shape(program: Program, sizes: Sequence[StageBytes] | None) -> None:

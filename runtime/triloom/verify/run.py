@@ -12,6 +12,7 @@ ranks maps onto the one built here, replica onto coordinate, so a cycle there wo
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 
 from ..actions import TRANSFER, Action, Subject, compute
@@ -29,20 +30,24 @@ POSTED = ("REDUCE", "UNSHARD")
 """State actions whose collectives go on the lane of their group; all others run on the main lane."""
 
 
-def run(facts: Facts, lanes: Lanes, footprint: Footprint, groups: Groups) -> tuple[Place, ...]:
-    """The order in which the main lanes' actions can start; refuses a program that would block."""
+def run(facts: Facts, lanes: Lanes, footprint: Footprint, groups: Groups, *, late: bool = False) -> tuple[Place, ...]:
+    """The order in which the main lanes' actions can start; refuses a program that would block.
+
+    late: a receive is posted when its tensor, or one that follows on its link, is used.
+    """
     graph = Run(facts)
+    posts = _uses(facts) if late else {}
     transfers = {boundary: graph.meet() for boundary in facts.sends}  # the rules proved that order matches them
     _wait_for_transfers(graph, transfers)
     collectives = _Collectives(graph, footprint, groups)
     for rank, row in enumerate(facts.program.ranks):
         tails: dict[Lane, int] = {}
         pending: dict[Subject, list[int]] = defaultdict(list)
-        for step, action in enumerate(row):
+        for step, action in sorted(enumerate(row), key=lambda one: posts.get((rank, one[0]), one[0])):
             place = (rank, step)
             if action.op in TRANSFER:
                 meeting = transfers[action.subject, action.microbatch or 0]
-                _post(graph, place, meeting, _transfer_lane(lanes, rank, action), tails)
+                _post(graph, place, meeting, _transfer_lane(lanes, rank, action), tails, posts.get(place, step))
             else:
                 _wait_for_posted(graph, pending, place, action)
             for name, meeting in collectives.issue(place, action):
@@ -59,14 +64,35 @@ def _transfer_lane(lanes: Lanes, rank: int, action: Action) -> Lane:
     return lanes(Post(rank, action.op, action.peer, "out" if action.op == "SEND" else "in"))
 
 
-def _post(graph: Run, place: Place, meeting: int, lane: Lane, tails: dict[Lane, int]) -> None:
-    """The meeting takes place after the post, and after what is before it on the lane."""
+def _uses(facts: Facts) -> dict[Place, float]:
+    """For each RECV, just before which step it is posted at the latest: a use of its tensor or of a later one."""
+    by_link: dict[Place, list[tuple[int, int]]] = defaultdict(list)
+    for (subject, m), (rank, step) in facts.recvs.items():
+        maker = subject.index or 0
+        user = facts.spans["F", maker + 1, m] if subject.kind == "act" else facts.backward(maker - 1, m)
+        by_link[rank, facts.program.stages[maker]].append((step, user.first))
+    out: dict[Place, float] = {}
+    for (rank, _), recvs in by_link.items():
+        first = math.inf
+        for step, use in sorted(recvs, reverse=True):
+            first = min(first, use)
+            out[rank, step] = first - 0.5
+    return out
+
+
+def _post(
+    graph: Run, place: Place, meeting: int, lane: Lane, tails: dict[Lane, int], when: float | None = None
+) -> None:
+    """The meeting takes place after the post, and after what is before it on the lane. when: the post's step, if it
+    is another; between two steps, it comes before anything that the second waits for."""
     graph.parts(meeting).append(Part(place, lane))
-    graph.wait(graph.start(place), meeting)
+    rank, step = place
+    posted = math.floor(step if when is None else when)
+    if posted >= 0:
+        graph.wait(graph.start((rank, posted)), meeting)
     if lane == "own":
         return
     if lane == "main":
-        rank, step = place
         if step + 1 < len(graph.facts.program.ranks[rank]):
             graph.wait(meeting, graph.start((rank, step + 1)))
         lane = ("main of one action", place)  # collectives of one action run one after the other
