@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .choosing import Auto
 from .config import to_toml
 from .foreseen import table
 from .grid import grid
@@ -36,11 +37,13 @@ def _plan_lines(job: Job) -> Iterator[str]:
     yield from _ranks(plan)
     yield ""
     names = [*job.model.units, "loss"]
-    for stage, run in enumerate(partition(len(names), len(plan.order.stages))):
+    for stage, run in enumerate(partition(len(names), len(plan.order.stages), config.schedule.stages)):
         yield f"stage {stage}: {' '.join(names[u] for u in run)}"
     yield ""
     yield from table(plan, make_optimizer(config))
     yield ""
+    if isinstance(plan.schedule, Auto):
+        yield "schedule auto: measured in the first steps, until then:"
     if has_state(plan.order):
         yield f"{plan.order.name}, by pipeline coordinate; it is verified when its units are there:"
         yield from grid(plan.order).splitlines()

@@ -7,36 +7,41 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from .errors import ConfigError
-from .estimate import Run, estimate
+from .estimate import estimate
 from .memory import Report
 from .mesh import Mesh
 from .models import decoder
 from .optim import Optimizer
 from .plan import Plan
+from .tracing import Run
 
 MIB = 2**20
 
 
 def foresee(plan: Plan, optimizer: Optimizer, device: torch.device | None = None) -> tuple[Report, ...]:
     """Bytes of a rank at each pipeline coordinate; allocates nothing of the model. device: the CPU if left out."""
+    return estimate(run_of(plan, optimizer, device))
+
+
+def run_of(plan: Plan, optimizer: Optimizer, device: torch.device | None = None) -> Run:
+    """A planned run as something to trace without allocating it."""
     config = plan.config
     model = decoder(plan.decoder)  # an own one: rotation tables that it remembers must not be fake
     tokens = ((config.train.batch // plan.dp, config.model.seq), torch.int64)
-    return estimate(
-        Run(
-            units=model.units,
-            loss=model.loss,
-            ties=model.ties,
-            mesh=plan.mesh,
-            order=plan.order,
-            optimizer=optimizer,
-            placement=plan.placement,
-            inputs=tokens,
-            targets=tokens,
-            sequence_parallel=config.parallel.sequence,
-            dtype=getattr(torch, config.train.dtype),
-            device=str(device or "cpu"),
-        )
+    return Run(
+        units=model.units,
+        loss=model.loss,
+        ties=model.ties,
+        mesh=plan.mesh,
+        order=plan.order,
+        optimizer=optimizer,
+        placement=plan.placement,
+        inputs=tokens,
+        targets=tokens,
+        stages=config.schedule.stages,
+        sequence_parallel=config.parallel.sequence,
+        dtype=getattr(torch, config.train.dtype),
+        device=str(device or "cpu"),
     )
 
 

@@ -188,6 +188,11 @@ class Measures:
     comm: float
     """From a SEND to the end of the wait for it, where the other rank was waiting already; 0 if none did."""
 
+    @property
+    def split(self) -> bool:
+        """Whether B and W were measured apart."""
+        return "W" in self.computes
+
 
 def measures(m: Measurement, steps: Sequence[Times]) -> Measures:
     """Costs of the actions, from every rank and microbatch of the steps."""

@@ -94,6 +94,10 @@ class UnitBytes:
     """Kept from B to W, what is in ``held`` or the gradients not counted twice."""
     flops: int = 0
     """Of the forward: the cost of recomputing it."""
+    input_flops: int = 0
+    """Of the backward, without the weight gradients that can wait for W."""
+    weight_flops: int = 0
+    """Of those."""
 
 
 def largest(of_ranks: Sequence[Mapping[str, Sequence[int]]]) -> dict[int, UnitBytes]:

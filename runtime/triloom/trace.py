@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from .actions import COMPUTE, parse_program
 from .errors import ConfigError, ProgramError
-from .measured import BEGIN, END, UNTIL, WAITED, Figures, Measurement, Seat, Times
+from .measured import BEGIN, END, UNTIL, WAITED, Figures, Measurement, Measures, Seat, Times, measures
 
 NAME = "timeline.json"
 VERSION = 1
@@ -44,6 +45,11 @@ class Trace:
     mesh: str
     clock_error_us: tuple[float, ...]
     """Per rank, how far its times may be off those of rank 0."""
+
+    @cached_property
+    def typical(self) -> Measures:
+        """Medians of the steps."""
+        return measures(self.measurement, [step.times for step in self.steps])
 
 
 def to_json(trace: Trace) -> str:

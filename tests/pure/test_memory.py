@@ -19,7 +19,8 @@ from triloom import cli, schedules
 from triloom.actions import Action, parse_action
 from triloom.engine import Engine
 from triloom.errors import ConfigError
-from triloom.estimate import Run, estimate
+from triloom.estimate import estimate
+from triloom.tracing import Run, count_units
 from triloom.groups.base import Group
 from triloom.groups.threads import run_threads
 from triloom.memory import STATE, BucketBytes, Ledger, Report, UnitBytes, walk, zero_bytes

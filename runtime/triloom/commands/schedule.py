@@ -16,7 +16,7 @@ from ..config.rules import Rule, above, at_least, suggest
 from ..config.schema import Section
 from ..draw import Bar, Chart, draw, terminal
 from ..errors import ConfigError, ProgramError
-from ..measured import costs_of, measures
+from ..measured import costs_of
 from ..program_file import check, has_state, load_program
 from ..schedules import NAMED
 from ..search import Found, auto
@@ -163,12 +163,12 @@ def _setting(options: ScheduleOptions, program: Program | None) -> Setting:
     if options.costs is not None:
         raise ConfigError("--costs and --measured both say what actions take; give one of them")
     trace = load(options.measured)
-    typical = measures(trace.measurement, [step.times for step in trace.steps])
+    typical = trace.typical
     order = trace.measurement.program
     ranks = options.stages or (len(program.ranks) if program else len(order.ranks))
     microbatches = options.micro or (program.microbatches if program else order.microbatches)
     about = {**{op: list(times) for op, times in typical.computes.items()}, "comm": typical.comm}
-    return Setting(ranks, microbatches, costs_of(typical), "W" in typical.computes, about, "ms")
+    return Setting(ranks, microbatches, costs_of(typical), typical.split, about, "ms")
 
 
 def cost_model(costs: Sequence[float]) -> Costs:

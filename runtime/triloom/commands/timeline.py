@@ -14,7 +14,7 @@ from ..config.rules import at_least
 from ..config.schema import Section
 from ..draw import Bar, Chart, draw
 from ..errors import ConfigError
-from ..measured import BEGIN, Measurement, Measures, Times, costs_of, differences, measures, rank_table
+from ..measured import BEGIN, Measurement, Measures, Times, costs_of, differences, rank_table
 from ..simulate import Timeline, simulate
 from ..trace import Step, Trace, load
 from .options import describe, read
@@ -65,7 +65,7 @@ def run_timeline(words: Sequence[str]) -> int:
     step = find_step(trace, options.step)
     out = Path(options.out) if options.out else _beside(Path(runs[0]))
     picture.check_name(out)
-    typical = measures(m, [s.times for s in trace.steps])
+    typical = trace.typical
     simulated = simulate(m.order, costs_of(typical))
     picture.save(draw(charts(trace, step, simulated, options.replica)), out)
     about = report(trace, step, typical, simulated, options)

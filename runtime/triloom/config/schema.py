@@ -18,7 +18,9 @@ from ..schedules import NAMED as SCHEDULES
 from .rules import Rule, above, at_least, between, check, each, kind_of, one_of
 
 SHAPES = ("llama", "gpt2")
-TRAINING_SCHEDULES = tuple(name for name in SCHEDULES if name != "forward")
+AUTO = "auto"
+TRAINING_SCHEDULES = (*(name for name in SCHEDULES if name != "forward"), AUTO)
+BALANCES = ("even", "counted", "measured")
 DTYPES = ("float32", "float64", "bfloat16")
 TOKEN_DTYPES = ("uint16", "uint32")
 DECAYS = ("cosine", "constant", "wsd")
@@ -142,13 +144,23 @@ class ScheduleConfig(Section):
     """The order of forwards and backwards in the pipeline."""
 
     kind: Annotated[str | None, one_of(TRAINING_SCHEDULES)] = None
-    """Name of the schedule; ``triloom schedule NAME`` draws it. none: 1f1b, or the program of schedule.file."""
+    """Name of the schedule; ``triloom schedule NAME`` draws it. auto: the shortest program found for measured times, of
+    the run schedule.measured, or else of this run's first steps. none: 1f1b, or the program of schedule.file."""
     file: str | None = None
     """A program to run instead of a named schedule: a row of actions per pipeline coordinate, as ``triloom schedule
     NAME --save FILE`` writes. Computes only or complete; it is verified like any other."""
     microbatches: Annotated[int | None, at_least(1)] = None
     """Parts that the samples of a dp rank are split into; none: 2 x pp as far as there are samples, 1 without pp,
     or what schedule.file says."""
+    measured: str | None = None
+    """A run whose timeline.json says what computes take, for kind = auto and balance = measured."""
+    memory: Annotated[float | None, above(0)] = None
+    """Microbatches that a rank may hold under kind = auto; none: as many as the first rank of 1f1b."""
+    stages: Annotated[tuple[int, ...] | None, each(at_least(1))] = None
+    """Number of units of each stage: embedding, blocks, and head with loss; none: by schedule.balance."""
+    balance: Annotated[str, one_of(BALANCES)] = "even"
+    """How units are dealt to stages. even: in equal numbers. counted: the shortest step by counted FLOPs. measured:
+    the same, with the FLOPs of a stage taking the times of schedule.measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,19 +276,6 @@ class LogConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Section):
-    """What a run leaves behind."""
-
-    dir: str | None = None
-    """Folder for config.toml, metrics.jsonl (one object a step; bytes are those of rank 0), timeline.json and the
-    plot; none: a new runs/<date>-<time>."""
-    overwrite: bool = False
-    """Replace the files of an earlier run in run.dir, instead of refusing a folder that is not empty. Does nothing where
-    run.resume is given."""
-    timeline: Annotated[int, at_least(0)] = 3
-    """Steps at the end of the run that go to timeline.json (for Perfetto, chrome://tracing and triloom timeline);
-    0: nothing is measured, and metrics.jsonl says nothing of the pipeline."""
-@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
     """What is kept of a run, to go on from (run.resume) on any mesh."""
 
@@ -293,6 +292,22 @@ class CheckpointConfig(Section):
     """Folder of the checkpoints, seen by all ranks; none: checkpoints in the run directory."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """What a run leaves behind."""
+
+    dir: str | None = None
+    """Folder for config.toml, metrics.jsonl (one object a step; bytes are those of rank 0), timeline.json and the
+    plot; none: a new runs/<date>-<time>."""
+    resume: str | None = None
+    """Go on from a checkpoint: of a run directory (the newest that is whole), or one. In the run directory itself
+    unless run.dir names another. auto: as run.dir, from the beginning if there is no checkpoint yet."""
+    overwrite: bool = False
+    """Replace the files of an earlier run in run.dir, instead of refusing a folder that is not empty. Does nothing where
+    run.resume is given."""
+    timeline: Annotated[int, at_least(0)] = 3
+    """Steps at the end of the run that go to timeline.json (for Perfetto, chrome://tracing and triloom timeline);
+    0: nothing is measured, and metrics.jsonl says nothing of the pipeline."""
     plot: bool = True
     """Draw loss.svg and loss.png at the end (needs matplotlib: pip install 'triloom[plot]')."""
 
@@ -300,9 +315,6 @@ class CheckpointConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run, one field per section."""
-    resume: str | None = None
-    """Go on from a checkpoint: of a run directory (the newest that is whole), or one. In the run directory itself
-    unless run.dir names another. auto: as run.dir, from the beginning if there is no checkpoint yet."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -313,6 +325,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -325,9 +338,8 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "check": CheckConfig,
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     "log": LogConfig,
+    "checkpoint": CheckpointConfig,
     "run": RunConfig,
 }
 """Section name to its class, in the order of ``Config``."""
-    "checkpoint": CheckpointConfig,
