@@ -156,6 +156,9 @@ class Log(Protocol):
         pipeline: Figures | None = None,
     ) -> None: ...
 
+    def say(self, text: str) -> None:
+        """A line for people."""
+
     def finish(self, result: Result) -> None: ...
 
     def __enter__(self) -> object: ...
@@ -177,12 +180,25 @@ class Silent:
         pipeline: Figures | None = None,
     ) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
     def finish(self, result: Result) -> None: ...
 
     def __enter__(self) -> Silent:
         return self
 
     def __exit__(self, *error: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class GoesOn:
+    """A run that does not begin at the beginning."""
+
+    folder: Path | None = None
+    """Run directory that is used again; None: a new one."""
+    records: int = 0
+    """Steps that were tried before: so many lines of metrics.jsonl stay."""
+    notes: Sequence[str] = ()
 
 
 class RunLog(AbstractContextManager["RunLog"]):
@@ -198,17 +214,6 @@ class RunLog(AbstractContextManager["RunLog"]):
         goes_on: GoesOn | None = None,
     ) -> None:
         self._plan = plan
-@dataclass(frozen=True)
-class GoesOn:
-    """A run that does not begin at the beginning."""
-
-    folder: Path | None = None
-    """Run directory that is used again; None: a new one."""
-    records: int = 0
-    """Steps that were tried before: so many lines of metrics.jsonl stay."""
-    notes: Sequence[str] = ()
-
-
         run, t, before = plan.config.run, plan.config.train, goes_on or GoesOn()
         self.folder: Path = before.folder or make_run_dir(run.dir, run.overwrite)
         head = f"triloom {__version__}: {world.size} ranks, mesh {plan.mesh}, torch {torch.__version__}"
@@ -231,12 +236,12 @@ class GoesOn:
         pipeline: Figures | None = None,
     ) -> None:
         self._tokens += self._plan.tokens_per_step
+        self._steps_done += not metrics.skipped
         speed = self._plan.tokens_per_step / seconds
         record = {
             "step": metrics.step,
             "loss": metrics.loss,
             "grad_norm": metrics.grad_norm,
-        self._steps_done += not metrics.skipped
             "lr": metrics.lr,
             "skipped": metrics.skipped,
             "loss_scale": metrics.scale,
@@ -271,13 +276,13 @@ class GoesOn:
         measured = ["timeline.json"] if (self.folder / "timeline.json").exists() else []
         written = ["config.toml", "metrics.jsonl", *measured, *(self._plot() if self._plan.config.run.plot else [])]
         self._line.say(f"{self.folder}: {' '.join(written)}")
+        if result.stopped is not None:
+            self._line.say(f"triloom train --resume {self.folder} goes on")
 
     def _plot(self) -> list[str]:
         points = [(r["step"], r["loss"]) for r in read_metrics(self.folder / "metrics.jsonl") if r["loss"] is not None]
         curves = {f"training, mesh {self._plan.mesh}": points}
         try:
-        if result.stopped is not None:
-            self._line.say(f"triloom train --resume {self.folder} goes on")
             return [path.name for path in plot_losses(curves, self.folder, f"{self.folder.name}: loss")]
         except PlotUnavailableError as error:
             self._line.say(str(error))
