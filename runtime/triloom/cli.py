@@ -35,21 +35,21 @@ triloom train: train a decoder on bytes of text.
 
   --config FILE
       TOML file with a table per section below. The command line overrides it.
-  --dry-run [RANKS]
-      Check everything, print the resolved configuration and the plan, and stop. RANKS: plan for so many
   --resume [RUN]
       Go on with a run: RUN is its directory, whose config.toml is taken unless --config is given, or a checkpoint
       of it. Without RUN: with that in run.dir, from the beginning if it has no checkpoint yet.
+  --dry-run [RANKS]
+      Check everything, print the resolved configuration and the plan, and stop. RANKS: plan for so many
       ranks, without mpirun. The output is a file for --config.
   --help
       This text.
 
-Every key is written --section.key value or --section.key=value; a bare --section.key means true.
-"""
 Told to stop by SIGTERM, SIGUSR1 or Ctrl-C, all ranks finish the step, save and leave with exit code 75; a second
 signal ends them at once. (mpirun hands on SIGUSR1. Told SIGTERM or Ctrl-C itself, it gives the ranks
 PRTE_MCA_odls_base_sigkill_timeout seconds.)
 
+Every key is written --section.key value or --section.key=value; a bare --section.key means true.
+"""
 
 OK, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
 """Exit codes: refused means that nothing was started, stopped that a signal ended the run, its state saved (EX_TEMPFAIL
@@ -61,10 +61,10 @@ class TrainOptions:
     """Options of ``triloom train`` that are not keys of the configuration."""
 
     config: str | None = None
-    dry_run: bool = False
-    ranks: int | None = None
     resume: str | None = None
     """What --resume named; empty: nothing."""
+    dry_run: bool = False
+    ranks: int | None = None
     words: tuple[str, ...] = ()
     """The rest: overrides."""
 
@@ -122,9 +122,9 @@ def read_options(words: Sequence[str]) -> TrainOptions:
     """Take ``--config`` and ``--dry-run`` out of the words; raises ConfigError."""
     rest, overrides = list(words), list[str]()
     config: str | None = None
+    resume: str | None = None
     dry_run, ranks = False, None
     while rest:
-    resume: str | None = None
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if name == "--config":
@@ -133,12 +133,12 @@ def read_options(words: Sequence[str]) -> TrainOptions:
             if config is not None:
                 raise ConfigError("--config is given twice; keep one")
             config = value if equals else rest.pop(0)
-        elif name == "--dry-run":
-            dry_run = True
         elif name == "--resume":
             if resume is not None:
                 raise ConfigError("--resume is given twice; keep one")
             resume = value if equals or not rest or rest[0].startswith("--") else rest.pop(0)
+        elif name == "--dry-run":
+            dry_run = True
             if not equals and rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
             if value and (not value.isdigit() or int(value) < 1):
