@@ -20,6 +20,7 @@ from .boot import World
 from .config import Config
 from .config.show import plain
 from .data import Batch, Data, Feed, Tokenised, cut, find, is_long, open_found
+from .dealing import deal
 from .engine import Engine
 from .errors import ConfigError, ProgramError
 from .evaluation import Evaluation, HeldOut
@@ -30,7 +31,8 @@ from .models import Model, decoder
 from .optim.configured import make_optimizer as make_optimizer
 from .parallel.executor import Recorder
 from .parallel.reduction import REDUCTIONS
-from .plan import Plan, held_out, make_plan
+from .plan import Plan, make_plan
+from .plan_rules import held_out
 from .program_file import check, has_state
 from .resuming import RunCheckpoints, find_start, go_on
 from .runlog import Log, Result, check_run_dir, keep_tokenizer, open_log
@@ -100,6 +102,7 @@ def prepare(
         name = opened.train[0].name
         raise ConfigError(f"{name} is token ids, and does not say how many there are; set model.vocab")
     plan = make_plan(config, world_size, data_vocab=vocab, sources=sources)
+    plan = deal(plan, make_optimizer(plan.config))
     if not has_state(plan.order):
         with _naming_file(plan):
             check(plan.order)  # now, without a world; the engine proves it again with the actions on state
@@ -188,7 +191,7 @@ def prepare_together(
 def _must_agree(job: Job) -> dict[str, str]:
     """Everything that ranks must have in common; run.* concerns rank 0 alone, train.threads and paths each host."""
     paths = ("path", "paths", "validation", "tokenizer", "cache")
-    own = (("train", "threads"), ("schedule", "file"), *(("data", name) for name in paths))
+    own = (("train", "threads"), ("schedule", "file"), ("schedule", "measured"), *(("data", name) for name in paths))
     values = {
         f"{section}.{name}": plain(value)
         for section, part in asdict(job.plan.config).items()
@@ -210,7 +213,8 @@ def make_engine(job: Job, world: World, record: Recorder | None = None) -> Engin
         world=device_world(world.group, world.device),
         mesh=job.plan.mesh,
         optimizer=make_optimizer(config),
-        schedule=lambda ranks, microbatches: job.plan.order,
+        schedule=job.plan.schedule,
+        stages=config.schedule.stages,
         microbatches=job.plan.microbatches,
         placement=job.plan.placement,
         clip=config.optim.clip,
@@ -245,8 +249,11 @@ class Loop:
         with self._job.feed(self._world.rank, self._saves.position) as feed:
             while self._engine.steps < self._config.train.steps:  # a skipped step is not counted, but uses up its batch
                 start = time.perf_counter()
+                chosen = self._engine.chosen
                 metrics = self._engine.step(*feed.next())
                 seconds = time.perf_counter() - start
+                if self._engine.chosen is not chosen and self._engine.chosen is not None:
+                    self._log.say(self._engine.chosen.text)
                 pipeline = self._timing.step(metrics.step)
                 losses.append(metrics.loss)
                 due = not metrics.skipped and self._due(metrics.step)

@@ -18,7 +18,9 @@ from ..schedules import NAMED as SCHEDULES
 from .rules import Rule, above, at_least, between, check, each, kind_of, one_of
 
 SHAPES = ("llama", "gpt2")
-TRAINING_SCHEDULES = tuple(name for name in SCHEDULES if name != "forward")
+AUTO = "auto"
+TRAINING_SCHEDULES = (*(name for name in SCHEDULES if name != "forward"), AUTO)
+BALANCES = ("even", "counted", "measured")
 DTYPES = ("float32", "float64", "bfloat16")
 TOKEN_DTYPES = ("uint16", "uint32")
 DECAYS = ("cosine", "constant", "wsd")
@@ -142,13 +144,23 @@ class ScheduleConfig(Section):
     """The order of forwards and backwards in the pipeline."""
 
     kind: Annotated[str | None, one_of(TRAINING_SCHEDULES)] = None
-    """Name of the schedule; ``triloom schedule NAME`` draws it. none: 1f1b, or the program of schedule.file."""
+    """Name of the schedule; ``triloom schedule NAME`` draws it. auto: the shortest program found for measured times, of
+    the run schedule.measured, or else of this run's first steps. none: 1f1b, or the program of schedule.file."""
     file: str | None = None
     """A program to run instead of a named schedule: a row of actions per pipeline coordinate, as ``triloom schedule
     NAME --save FILE`` writes. Computes only or complete; it is verified like any other."""
     microbatches: Annotated[int | None, at_least(1)] = None
     """Parts that the samples of a dp rank are split into; none: 2 x pp as far as there are samples, 1 without pp,
     or what schedule.file says."""
+    measured: str | None = None
+    """A run whose timeline.json says what computes take, for kind = auto and balance = measured."""
+    memory: Annotated[float | None, above(0)] = None
+    """Microbatches that a rank may hold under kind = auto; none: as many as the first rank of 1f1b."""
+    stages: Annotated[tuple[int, ...] | None, each(at_least(1))] = None
+    """Number of units of each stage: embedding, blocks, and head with loss; none: by schedule.balance."""
+    balance: Annotated[str, one_of(BALANCES)] = "even"
+    """How units are dealt to stages. even: in equal numbers. counted: the shortest step by counted FLOPs. measured:
+    the same, with the FLOPs of a stage taking the times of schedule.measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
