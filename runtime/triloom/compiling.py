@@ -11,8 +11,9 @@ from .groups.base import Group
 from .groups.mesh_groups import MeshGroups
 from .groups.objects import gather_objects
 from .parallel.sharded import ShardedState
-from .passes import BucketInfo, StateLayout
+from .passes import BucketInfo, StateLayout, add_communication, add_state, whole_stages
 from .placement import Placement
+from .schedules import forwards
 from .verify import Verdict, inside, state_footprint, verify
 
 
@@ -23,6 +24,11 @@ def state_layout(stages: Sequence[range], state: ShardedState, pp: Group) -> Sta
         tuple(tuple(run) for run in stages),
         tuple(tuple(BucketInfo(k, tuple(u), tuple(t)) for k, u, t in row) for row in rows),
     )
+
+
+def evaluation(order: Program, layout: StateLayout, placement: Placement) -> Program:
+    """The forwards of a schedule, or of a complete program, as a program of their own."""
+    return add_state(add_communication(forwards(whole_stages(order, layout))), layout, placement)
 
 
 def needs_headers(shapes: str) -> bool:

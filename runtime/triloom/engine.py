@@ -18,7 +18,7 @@ from .actions import Action, Program
 from .budget import fit
 from .checkpoint import Restored, load, save
 from .choosing import Auto, Choice, Chooser
-from .compiling import needs_headers, prove, state_layout
+from .compiling import evaluation, needs_headers, prove, state_layout
 from .described import describe
 from .errors import ConfigError
 from .groups.base import Group
@@ -46,7 +46,7 @@ from .parallel.sharded import ShardedState
 from .parallel.totals import Totals
 from .parallel.trainable import Watch, retrain, unit_runs
 from .parallel.wire import Wire
-from .passes import add_communication, add_recompute, add_state, recomputed_units, whole_stages
+from .passes import add_recompute, recomputed_units
 from .placement import Placement, zero1
 from .program_file import complete
 from .scaling import Scaling, dynamic, fixed
@@ -95,9 +95,8 @@ class Engine:
     loss, and how many steps with a gradient that is not finite may be skipped in a row; dynamic for fp16.
     reduction: how gradients are summed over dp (``parallel.reduction``: exactly, or compressed). dtype: of the
     parameters that functions of a Scope make, and of activations; the placement's, or fp32, if left out.
-    shapes: what the shapes between stages follow from, the shapes of the ``batch`` or its ``data`` too; then every
-    activation travels behind a header, and memory is measured anew in each step.
-    record: is told when each action ran (``spans.Spans``).
+    shapes: what those between stages follow from, those of the ``batch`` or its ``data`` too; then activations travel
+    behind headers, and memory is measured in each step. record: is told when each action ran (``spans.Spans``).
 
     Raises ConfigError, MeshError or ProgramError, on every rank, before the first step.
     """
@@ -311,8 +310,7 @@ class Engine:
     def evaluate(self, inputs: Any, targets: Any) -> Metrics:
         """Loss without a gradient or an update; gradient norm and learning rate are 0."""
         if self._eval_program is None:
-            order = add_communication(schedules.forwards(whole_stages(self._order, self._layout)))
-            self._eval_program = self._prove(add_state(order, self._layout, self.placement))[0]
+            self._eval_program = self._prove(evaluation(self._order, self._layout, self.placement))[0]
         self._mode(training=False)
         state = self._begin(inputs, targets, training=False)
         self._executor.run(self._actions(self._eval_program), state)
