@@ -1,4 +1,4 @@
-"""Kernels of :mod:`triloom_kernels.gelu`: one pass each way; partial sums of the gradient of the bias, added in order."""
+"""Kernels of :mod:`triloom_kernels.gelu`: one pass each way; the gradient of the bias is summed in a fixed order."""
 
 from __future__ import annotations
 

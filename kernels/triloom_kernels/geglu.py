@@ -13,6 +13,6 @@ from torch import Tensor
 
 
 def geglu(gate_up: Tensor, approximate: str = "tanh") -> Tensor:
-    """gate_up: ``[..., 2 f]``, gate first; returns ``[..., f]``. approximate: ``tanh`` or ``none`` (erf), as torch says."""
+    """gate_up: ``[..., 2 f]``, gate first; returns ``[..., f]``. approximate: ``tanh`` or ``none`` (erf)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate=approximate) * up

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .dropout import bias_dropout_residual, dropout
 from .geglu import geglu
 from .gelu import bias_gelu, gelu
 from .layer_norm import layer_norm, layer_norm_residual
@@ -24,7 +25,9 @@ from .swiglu import swiglu
 Function = Callable[..., Any]
 
 EAGER: Mapping[str, Function] = {
+    "bias_dropout_residual": bias_dropout_residual,
     "bias_gelu": bias_gelu,
+    "dropout": dropout,
     "geglu": geglu,
     "gelu": gelu,
     "layer_norm": layer_norm,
@@ -37,7 +40,9 @@ EAGER: Mapping[str, Function] = {
 """In torch operations: any device, the references of the others. Their modules do not import Triton."""
 
 TRITON: Mapping[str, str] = {
+    "bias_dropout_residual": "counted_dropout.bias_dropout_residual",
     "bias_gelu": "biased_gelu.bias_gelu",
+    "dropout": "counted_dropout.dropout",
     "geglu": "gated.geglu",
     "gelu": "biased_gelu.gelu",
     "layer_norm": "normalising.layer_norm",

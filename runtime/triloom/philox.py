@@ -22,10 +22,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from triloom_kernels.draws import indices, philox, pieces, words
+from triloom_kernels.dropout import drop
 
 from . import _C
 from .errors import ConfigError
@@ -34,9 +37,6 @@ from .shadow import shadow
 from .shards import ShardSpec
 
 _INDEX_END = 1 << 63
-_WORD = 0xFFFFFFFF
-_CHUNK = 1 << 20
-"""Elements the torch path draws at a time: it needs about 100 bytes of scratch for each."""
 
 
 def key(seed: int, *parts: int | str) -> int:
@@ -119,8 +119,8 @@ def _fill(
         written(out)
         return out
     with torch.no_grad():
-        for (part,), at in _pieces((out,), base, strides):
-            part.copy_(_rounded(reference(_indices(part, at, strides), key, *numbers), out.dtype))
+        for (part,), at in pieces((out,), base, strides):
+            part.copy_(_rounded(reference(indices(part, at, strides), key, *numbers), out.dtype))
     return out
 
 
@@ -236,11 +236,10 @@ def _drop(
     strides: tuple[int, ...],
     pool: Pool | None,
 ) -> torch.Tensor:
-    out = torch.empty_like(x)
     if shadow(x):
-        return out
+        return torch.empty_like(x)
     if x.device.type == "cpu":
-        code = DTYPE_CODES[x.dtype]
+        out, code = torch.empty_like(x), DTYPE_CODES[x.dtype]
         _C.dropout(
             out.data_ptr(),
             x.data_ptr(),
@@ -256,76 +255,20 @@ def _drop(
             pool,
         )
         return out
-    for (source, target), at in _pieces((x, out), base, strides):
-        target.copy_(_drop_values(source, _indices(source, at, strides), key, threshold, scale))
-    return out
+    return drop(x, threshold, scale, key, base, strides)
 
 
 # The torch reference: the arithmetic of csrc/philox_kernels.cpp, operation by operation. Each torch
-# operation below rounds once; none may be fused with another or replaced by a library function.
-
-
-def _pieces(
-    tensors: tuple[torch.Tensor, ...], base: int, strides: Sequence[int]
-) -> Iterator[tuple[tuple[torch.Tensor, ...], int]]:
-    """Corresponding pieces of at most _CHUNK elements, each with the index of its first element."""
-    shape = tensors[0].shape
-    if tensors[0].numel() <= _CHUNK:
-        yield tensors, base
-        return
-    dim = max(range(len(shape)), key=lambda k: shape[k])
-    half = shape[dim] // 2
-    for start, size in ((0, half), (half, shape[dim] - half)):
-        parts = tuple(t.narrow(dim, start, size) for t in tensors)
-        yield from _pieces(parts, base + start * strides[dim], strides)
-
-
-def _indices(like: torch.Tensor, base: int, strides: Sequence[int]) -> torch.Tensor:
-    """int64 element indices, of the shape of ``like``."""
-    index = torch.full(like.shape, base, dtype=torch.int64, device=like.device)
-    for k, (size, step) in enumerate(zip(like.shape, strides, strict=True)):
-        shape = [1] * like.dim()
-        shape[k] = size
-        index += (torch.arange(size, dtype=torch.int64, device=like.device) * step).view(shape)
-    return index
-
-
-def _multiply(word: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low words of a 32 x 32 bit product; int64 wraps to the right 64 bits."""
-    product = word * factor
-    return (product >> 32) & _WORD, product & _WORD
-
-
-def philox_reference(counter: torch.Tensor, key: int) -> tuple[torch.Tensor, ...]:
-    """The four words (int64 tensors in [0, 2^32)) of Philox4x32-10 at int64 counters >= 0."""
-    zero = torch.zeros_like(counter)
-    c = (counter & _WORD, counter >> 32, zero, zero)
-    return philox_rounds(c, (key & _WORD, key >> 32))
-
-
-def philox_rounds(c: tuple[torch.Tensor, ...], k: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """Philox4x32-10 of four counter words (int64 tensors in [0, 2^32)) and two key words."""
-    k0, k1 = k
-    for _ in range(10):
-        high0, low0 = _multiply(c[0], 0xD2511F53)
-        high1, low1 = _multiply(c[2], 0xCD9E8D57)
-        c = (high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0)
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c
-
-
-def _words(index: torch.Tensor, key: int) -> torch.Tensor:
-    """The word of each index."""
-    quad = torch.stack(philox_reference(index >> 2, key))
-    return quad.gather(0, (index & 3).unsqueeze(0)).squeeze(0)
+# operation below rounds once; none may be fused with another or replaced by a library function. The words and
+# dropout are those of triloom_kernels.
 
 
 def _uniform_values(index: torch.Tensor, key: int, low: float, high: float) -> torch.Tensor:
-    return (_words(index, key).double() * 2.0**-32) * (high - low) + low
+    return (words(index, key).double() * 2.0**-32) * (high - low) + low
 
 
 def _normal_values(index: torch.Tensor, key: int, mean: float, std: float) -> torch.Tensor:
-    quad = philox_reference(index >> 2, key)
+    quad = philox(index >> 2, key)
     second = (index & 2) != 0
     radius = sqrt(_log_of_word(torch.where(second, quad[2], quad[0])) * -2.0)
     cosine, sine = _on_circle(torch.where(second, quad[3], quad[1]))
@@ -369,11 +312,6 @@ def _on_circle(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     swap = (quarter & 1) != 0
     a, b = torch.where(swap, s, c), torch.where(swap, c, s)
     return torch.where(((quarter + 1) & 2) != 0, -a, a), torch.where((quarter & 2) != 0, -b, b)
-
-
-def _drop_values(x: torch.Tensor, index: torch.Tensor, key: int, threshold: int, scale: float) -> torch.Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
-    return torch.where(_words(index, key) < threshold, torch.zeros_like(x), (wide * scale).to(x.dtype))
 
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,10 +8,10 @@ from typing import Any
 from triloom_kernels.cubins import resources
 from triloom_kernels.launching import recording
 
-from . import activations, norms
+from . import activations, attention, dropouts, norms
 from .common import CubinCase
 
-CASES: Mapping[str, CubinCase] = {**norms.CUBINS, **activations.CUBINS}
+CASES: Mapping[str, CubinCase] = {**norms.CUBINS, **activations.CUBINS, **attention.CUBINS, **dropouts.CUBINS}
 
 BEYOND = 4
 """An entry without a bound is compiled for sizes this many times the bounds of the entry before it."""

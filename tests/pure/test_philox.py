@@ -10,6 +10,7 @@ import torch
 from triloom import _C, native, philox
 from triloom.errors import ConfigError
 from triloom.shards import ShardSpec, split_even
+from triloom_kernels import draws, dropout
 
 # Known answers of Philox4x32-10 as published with Random123: (counter, key, result).
 KNOWN = [
@@ -42,13 +43,13 @@ BOXES = [
 
 def reference(values: philox._Values, shape, strides, base, key, numbers, dtype) -> torch.Tensor:
     like = torch.empty(shape, dtype=dtype)
-    return philox._rounded(values(philox._indices(like, base, strides), key, *numbers), dtype)
+    return philox._rounded(values(draws.indices(like, base, strides), key, *numbers), dtype)
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
 def test_published_vectors(counter, key, words):
     assert tuple(_C.philox4x32(counter, key)) == words
-    torch_words = philox.philox_rounds(tuple(torch.tensor([c]) for c in counter), key)
+    torch_words = draws.philox_rounds(tuple(torch.tensor([c]) for c in counter), key)
     assert tuple(int(w) for w in torch_words) == words
 
 
@@ -95,8 +96,8 @@ def test_pieces_and_threads_do_not_matter():
 
 
 def test_reference_in_pieces(monkeypatch):
-    monkeypatch.setattr(philox, "_CHUNK", 10)
-    parts = list(philox._pieces((torch.arange(105).view(3, 5, 7),), 0, (35, 7, 1)))
+    monkeypatch.setattr(draws, "_CHUNK", 10)
+    parts = list(draws.pieces((torch.arange(105).view(3, 5, 7),), 0, (35, 7, 1)))
     assert max(p.numel() for (p,), _ in parts) <= 10
     assert sum(p.numel() for (p,), _ in parts) == 105
     assert all(int(p[0, 0, 0]) == at for (p,), at in parts), "a piece starts at the index of its first element"
@@ -189,8 +190,8 @@ def test_shards_of_every_mesh_make_one_parameter():
 def test_dropout_equals_the_torch_reference(shape, strides, base, dtype):
     x = philox.normal_(torch.empty(shape, dtype=dtype), KEY + 1, base, strides)
     out = philox.dropout(x, 0.3, KEY, base, strides)
-    index = philox._indices(x, base, strides)
-    assert torch.equal(out, philox._drop_values(x, index, KEY, int(0.3 * 2**32), 1 / 0.7))
+    index = draws.indices(x, base, strides)
+    assert torch.equal(out, dropout.drop_values(x, index, KEY, int(0.3 * 2**32), 1 / 0.7))
 
 
 @pytest.mark.parametrize("dtype", native.FLOATS)
