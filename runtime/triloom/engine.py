@@ -40,7 +40,6 @@ from .parallel.executor import Executor, Recorder, StepState
 from .parallel.gather import gather_full
 from .parallel.norms import Clip
 from .parallel.partition import partition
-from .parallel.precision import model_dtype
 from .parallel.reduction import Reduction
 from .parallel.sharded import ShardedState
 from .parallel.totals import Totals
@@ -93,8 +92,7 @@ class Engine:
     microbatches: pieces each dp rank's batch is cut into. stages: number of units of each stage,
     even if left out. clip: largest global gradient norm (2-norm, or a Clip), None for no clipping. scaling: of the
     loss, and how many steps with a gradient that is not finite may be skipped in a row; dynamic for fp16.
-    reduction: how gradients are summed over dp (``parallel.reduction``: exactly, or compressed). dtype: of the
-    parameters that functions of a Scope make, and of activations; the placement's, or fp32, if left out.
+    reduction: how gradients are summed over dp (``parallel.reduction``: exactly, or compressed).
     shapes: what those between stages follow from, those of the ``batch`` or its ``data`` too; then activations travel
     behind headers, and memory is measured in each step. record: is told when each action ran (``spans.Spans``).
 
@@ -120,14 +118,13 @@ class Engine:
         stages: Sequence[int] | None = None,
         sequence_parallel: bool = False,
         seed: int = 0,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         record: Recorder | None = None,
     ) -> None:
         self.world = world or Solo()
         self.mesh = mesh or make_mesh(self.world.size)
         self.placement = placement or zero1()
-        dtype = model_dtype(dtype, self.placement)
         self.optimizer = optimizer or AdamW()
         self.groups = mesh_groups(self.world, self.mesh)
         self.steps = 0
