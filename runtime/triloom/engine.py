@@ -51,6 +51,7 @@ from .program_file import complete
 from .scaling import Scaling, dynamic, fixed
 from .schedules import Schedule
 from .scope import Scope
+from .shards import ShardSpec
 from .together import together
 from .verify import Verdict
 
@@ -183,11 +184,10 @@ class Engine:
             device=self.scope.device,
             pool=Pool(torch.get_num_threads()) if torch.get_num_threads() > 1 else None,
             reduction=reduction,
-            seed=self.scope.seed,
         )
         self.modules, self._collector = assemble(
             self.named, coord_of, scope=self.scope, ties=self.ties, tie_groups=tie_groups,
-            groups=self.groups, world=self.world, state=self.state,
+            groups=self.groups, world=self.world, state=self.state, optimizer=self.optimizer,
         )  # fmt: skip
         enter(self.ledger, self.state, self.state.buckets, self.modules.values())
         self._units = unit_runs(self.modules, self.state, len(self.named) - 1)
@@ -325,8 +325,8 @@ class Engine:
 
         Collective. Holds the whole model on every rank: for tests, export and small models.
         """
-        mine = views.whole(self.state, kind)
-        state = gather_full(mine, views.specs(self.state, mine), self.groups)
+        specs: dict[str, ShardSpec] = {name: p.spec for name, p in self.state.params.items()}
+        state = gather_full(views.whole(self.state, kind), specs, self.groups)
         if not state:
             raise ConfigError(f"no parameter has a state {kind!r}; ask for params, master or a state of the optimizer")
         return state
