@@ -1,15 +1,20 @@
-// A stand-in for libnccl.so.2: the same functions over host memory, ranks as threads of one process.
+// A stand-in for libnccl.so.2: the same functions over host memory, ranks as threads of one process; or as
+// processes of one host, if FAKE_NCCL_SHARED names a file that they have in common.
 //
 // It behaves as NCCL does where that matters to a caller: communicators connect when all ranks have
 // come, calls return before the operation has run, operations of a stream run in order in a thread of
 // the stream, a send meets its receive, an operation whose ranks do not come hangs until the
 // communicator is aborted. Functions named fake_* are for the test: scripted results, what was called.
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 enum { MAX_RANKS = 8, SLOTS = 1024, IN_PROGRESS = 7 };
 enum Kind { ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, SEND, RECV };
@@ -26,8 +31,10 @@ typedef struct Op {
     struct Op* next;
 } Op;
 
-typedef struct { Op* of[MAX_RANKS]; int arrived, done; } Slot;
-typedef struct Mail { const void* data; size_t bytes; int taken; struct Mail* next; } Mail;
+// A collective of one rank, its input copied; of all ranks, and the result.
+typedef struct { enum Kind kind; size_t count; int dtype, op, peer; char* in; } Part;
+typedef struct { Part of[MAX_RANKS]; int arrived, left, done; char* result; } Slot;
+typedef struct Mail { char* data; size_t bytes; int taken; struct Mail* next; } Mail;
 
 typedef struct World {
     Id id;
@@ -42,10 +49,57 @@ typedef struct Comm { World* world; int rank, aborted, seq, error; } Comm;
 typedef struct Task { Op* ops; struct Task* next; } Task;
 typedef struct Stream { Task *first, *last; long enqueued, completed; } Stream;
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
-static World* worlds;
-static uint64_t ids;
+// What the ranks have in common, at the same address in each of their processes.
+typedef struct {
+    int made;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    World* worlds;
+    uint64_t ids;
+    char* free;
+} Shared;
+static Shared alone, *all = &alone;
+static const size_t SHARED_BYTES = (size_t)8 << 30;  // of a sparse file, of which nothing is given back
+#define lock (all->lock)
+#define wake (all->wake)
+
+static void make(int processes) {
+    pthread_mutexattr_t mutex;
+    pthread_condattr_t cond;
+    pthread_mutexattr_init(&mutex);
+    pthread_condattr_init(&cond);
+    pthread_mutexattr_setpshared(&mutex, processes ? PTHREAD_PROCESS_SHARED : PTHREAD_PROCESS_PRIVATE);
+    pthread_condattr_setpshared(&cond, processes ? PTHREAD_PROCESS_SHARED : PTHREAD_PROCESS_PRIVATE);
+    pthread_mutex_init(&lock, &mutex);
+    pthread_cond_init(&wake, &cond);
+    all->free = (char*)(all + 1);
+    all->made = 1;
+}
+
+__attribute__((constructor)) static void begin(void) {
+    const char* name = getenv("FAKE_NCCL_SHARED");
+    int fd = -1;
+    if (name) {
+        fd = open(name, O_RDWR | O_CREAT, 0600);
+        if (fd < 0 || flock(fd, LOCK_EX) || ftruncate(fd, (off_t)SHARED_BYTES)) abort();
+        all = mmap((void*)0x600000000000, SHARED_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE, fd, 0);
+        if (all == MAP_FAILED) abort();
+    }
+    if (!all->made) make(name != NULL);
+    if (name) flock(fd, LOCK_UN), close(fd);
+}
+
+// Zeroed memory that every rank can read, with the lock held.
+static void* take(size_t n) {
+    if (all == &alone) return calloc(1, n + 1);
+    void* at = all->free;
+    all->free += (n + 64) / 64 * 64;
+    if (all->free > (char*)all + SHARED_BYTES) abort();
+    return at;
+}
+static void give(void* p) { if (all == &alone) free(p); }
+static char* copied(const void* from, size_t n) { char* to = take(n); memcpy(to, from, n); return to; }
+
 static char called[1 << 16];
 static char config[48];
 static struct { char name[40]; int result, times; } scripts[16];
@@ -189,46 +243,52 @@ static void combine(void* acc, const void* x, size_t n, int dtype, int op) {
     }
 }
 
-// With the lock held, all ranks there: the data of a collective. Sums run from the last rank to the
+// With the lock held, all ranks there: the result of a collective. Sums run from the last rank to the
 // first, rounding at each: another order than the host's.
 static void complete(World* w, Slot* slot) {
-    Op* first = slot->of[0];
+    const Part* first = &slot->of[0];
     const size_t n = w->size, bytes = first->count * width(first->dtype);
-    char* result = malloc(bytes * n + 1);
+    char* result = slot->result = take(bytes * n + 1);
     if (first->kind == ALL_REDUCE || first->kind == REDUCE_SCATTER) {
         const size_t total = first->count * (first->kind == ALL_REDUCE ? 1 : n);
-        memcpy(result, slot->of[n - 1]->in, total * width(first->dtype));
-        for (int r = (int)n - 2; r >= 0; --r) combine(result, slot->of[r]->in, total, first->dtype, first->op);
+        memcpy(result, slot->of[n - 1].in, total * width(first->dtype));
+        for (int r = (int)n - 2; r >= 0; --r) combine(result, slot->of[r].in, total, first->dtype, first->op);
     } else if (first->kind == ALL_GATHER) {
-        for (size_t r = 0; r < n; ++r) memcpy(result + r * bytes, slot->of[r]->in, bytes);
+        for (size_t r = 0; r < n; ++r) memcpy(result + r * bytes, slot->of[r].in, bytes);
     } else {
-        memcpy(result, slot->of[first->peer]->in, bytes);
+        memcpy(result, slot->of[first->peer].in, bytes);
     }
-    for (size_t r = 0; r < n; ++r) {
-        const size_t from = first->kind == REDUCE_SCATTER ? r * bytes : 0;
-        memcpy(slot->of[r]->out, result + from, first->kind == ALL_GATHER ? bytes * n : bytes);
-    }
-    free(result);
 }
 
 static void collective(Op* op) {
     Comm* c = op->comm;
+    World* w = c->world;
+    const size_t bytes = op->count * width(op->dtype), n = (size_t)w->size;
     pthread_mutex_lock(&lock);
-    Slot* slot = &c->world->slots[c->seq++ % SLOTS];
-    if (slot->done) memset(slot, 0, sizeof *slot);
-    slot->of[c->rank] = op;
-    if (++slot->arrived == c->world->size) {
+    Slot* slot = &w->slots[c->seq++ % SLOTS];
+    char* in = copied(op->in, bytes * (op->kind == REDUCE_SCATTER ? n : 1));
+    slot->of[c->rank] = (Part){op->kind, op->count, op->dtype, op->op, op->peer, in};
+    if (++slot->arrived == w->size) {
         int fits = 1;  // what NCCL does with operations that differ is undefined; this hangs
-        for (int r = 1; r < c->world->size; ++r)
-            fits &= slot->of[r]->kind == slot->of[0]->kind && slot->of[r]->count == slot->of[0]->count &&
-                    slot->of[r]->dtype == slot->of[0]->dtype;
+        for (size_t r = 1; r < n; ++r)
+            fits &= slot->of[r].kind == slot->of[0].kind && slot->of[r].count == slot->of[0].count &&
+                    slot->of[r].dtype == slot->of[0].dtype;
         if (fits) {
-            complete(c->world, slot);
+            complete(w, slot);
             slot->done = 1;
             pthread_cond_broadcast(&wake);
         }
     }
     while (!slot->done && !c->aborted) pthread_cond_wait(&wake, &lock);
+    if (slot->done) {
+        const size_t from = op->kind == REDUCE_SCATTER ? (size_t)c->rank * bytes : 0;
+        memcpy(op->out, slot->result + from, op->kind == ALL_GATHER ? bytes * n : bytes);
+        if (++slot->left == w->size) {
+            for (size_t r = 0; r < n; ++r) give(slot->of[r].in);
+            give(slot->result);
+            memset(slot, 0, sizeof *slot);
+        }
+    }
     pthread_mutex_unlock(&lock);
 }
 
@@ -239,8 +299,8 @@ static void exchange(Op* ops) {
     pthread_mutex_lock(&lock);
     for (Op* op = ops; op; op = op->next)
         if (op->kind == SEND) {
-            Mail* mail = calloc(1, sizeof *mail);
-            mail->data = op->in, mail->bytes = op->count * width(op->dtype);
+            Mail* mail = take(sizeof *mail);
+            mail->bytes = op->count * width(op->dtype), mail->data = copied(op->in, mail->bytes);
             Mail** end = &c->world->mail[c->rank][op->peer];
             while (*end) end = &(*end)->next;
             *end = sent[n++] = mail;
@@ -255,6 +315,7 @@ static void exchange(Op* ops) {
             *box = mail->next;
             const size_t room = op->count * width(op->dtype);
             memcpy(op->out, mail->data, mail->bytes < room ? mail->bytes : room);
+            give(mail->data);
             mail->taken = 1;
             pthread_cond_broadcast(&wake);
         }
@@ -288,7 +349,7 @@ int ncclGetUniqueId(Id* id) {
     ENTER;
     memset(id, 0, sizeof *id);
     pthread_mutex_lock(&lock);
-    snprintf(id->bytes, sizeof id->bytes, "fake-%llu", (unsigned long long)++ids);
+    snprintf(id->bytes, sizeof id->bytes, "fake-%llu", (unsigned long long)++all->ids);
     pthread_mutex_unlock(&lock);
     LEAVE;
 }
@@ -304,17 +365,17 @@ int ncclCommInitRankConfig(Comm** comm, int size, Id id, int rank, const void* s
     ENTER;
     pthread_mutex_lock(&lock);
     memcpy(config, settings, sizeof config);
-    World* w = worlds;
+    World* w = all->worlds;
     while (w && memcmp(&w->id, &id, sizeof id)) w = w->next;
     if (!w) {
-        w = calloc(1, sizeof *w);
-        w->id = id, w->size = size, w->next = worlds;
-        worlds = w;
+        w = take(sizeof *w);
+        w->id = id, w->size = size, w->next = all->worlds;
+        all->worlds = w;
     }
     *comm = join(w, rank);
-    const int all = w->joined == w->size;
+    const int complete = w->joined == w->size;
     pthread_mutex_unlock(&lock);
-    return all ? scripted_result : IN_PROGRESS;
+    return complete ? scripted_result : IN_PROGRESS;
 }
 
 int ncclCommGetAsyncError(Comm* comm, int* state) {
@@ -387,7 +448,7 @@ int ncclCommSplit(Comm* comm, int color, int key, Comm** made, const void* setti
             w->child[r] = NULL;
             for (int q = 0; q < r; ++q)
                 if (w->colors[q] == w->colors[r]) w->child[r] = w->child[q];
-            if (!w->child[r]) w->child[r] = calloc(1, sizeof(World));
+            if (!w->child[r]) w->child[r] = take(sizeof(World));
             w->child[r]->size++;
         }
         w->split_arrived = 0, w->split_round++;

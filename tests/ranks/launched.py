@@ -1,19 +1,22 @@
 """What every launcher must run alike: ``python launched.py TASK OUT.json [wire]``. Rank 0 writes what came out.
 
 TASK: ``launched`` takes the world its launcher announced; ``comm`` gives a communicator of its own MPI;
-``adopt`` takes over the world of a DDP program and trains beside it; ``inside`` runs DDP inside triloom's world.
+``adopt`` takes over the world of a DDP program and trains beside it; ``inside`` runs DDP inside triloom's world;
+``nccl`` runs a NCCL group over an adopted world, with the stand-in that FAKE_NCCL names.
 wire: ranks of this host do not use its shared memory.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -23,8 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import group_cases as cases
 import parity_cases as parity
 import triloom
+from nccl_fake import Fake
+from shuttle import shuttle
 from triloom import boot
+from triloom.errors import DeadlineError
 from triloom.groups.base import Group
+from triloom.groups.by_device import DeviceGroup
+from triloom.groups.nccl_world import nccl_group
 
 MESHES = {2: {"dp": 2}, 4: {"dp": 2, "tp": 2}}
 
@@ -132,6 +140,27 @@ def adopt(options: dict[str, Any]) -> tuple[boot.World, dict[str, Any]]:
     return world, found
 
 
+def nccl(options: dict[str, Any]) -> tuple[boot.World, dict[str, Any]]:
+    """NCCL's stand-in over an adopted world: its unique id and all that is agreed upon go over gloo."""
+    dist.init_process_group("gloo")
+    world = triloom.adopt(torch.distributed, **options)
+    fake = Fake(Path(os.environ["FAKE_NCCL"]))
+    group = nccl_group(world.group, fake.streams(), library=fake.nccl, exact=True, beat=0.1)
+    for operation in cases.OPERATIONS.values():
+        for dtype in cases.DTYPES:
+            operation(shuttle(group), dtype, 1001)
+    found = losses(DeviceGroup(world.group, group), lambda step: both_under_way(group))
+    assert losses(world.group) == found
+    works = [group.all_reduce(torch.ones(5))] if world.rank == 0 else []
+    for work in works:
+        with pytest.raises(DeadlineError, match=r"all_reduce float32\[5\] sum.*rank 1 had not arrived"):
+            work.wait(0.5)
+            work.synchronize()  # type: ignore[attr-defined]
+    world.group.barrier().wait()
+    group.close()
+    return world, {"losses": found}
+
+
 def inside(options: dict[str, Any]) -> tuple[boot.World, dict[str, Any]]:
     """DDP inside the world that triloom made, step by step."""
     world = triloom.init(**options)
@@ -157,7 +186,7 @@ def _broadcast(group: Group, value: str) -> str:
     return str(broadcast_object(group, value))
 
 
-TASKS = {f.__name__: f for f in (launched, comm, adopt, inside)}
+TASKS = {f.__name__: f for f in (launched, comm, adopt, nccl, inside)}
 
 
 def main(task: str, out: str, *words: str) -> None:
@@ -166,7 +195,7 @@ def main(task: str, out: str, *words: str) -> None:
     found |= {"launcher": world.launcher, "local": [world.local_rank, world.local_size], "ranks": world.size}
     first = world.rank == 0
     world.close()
-    if task == "adopt":
+    if world.launcher == "adopted":
         ones = torch.ones(2)
         dist.all_reduce(ones)  # closing triloom's world left torch's open
         assert ones.tolist() == [float(found["ranks"])] * 2

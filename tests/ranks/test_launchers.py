@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import nccl_fake
 from harness import launch, watch
 
 HERE = Path(__file__).parent
@@ -41,14 +42,14 @@ def command(launcher: str, n: int) -> list[str]:
     return [str(folder / "mpiexec"), "-n", str(n), str(folder / "python")]
 
 
-def start(launcher: str, n: int, folder: Path, *words: str) -> Found:
+def start(launcher: str, n: int, folder: Path, *words: str, env: dict[str, str] | None = None) -> Found:
     """Run launched.py under a launcher; what its rank 0 wrote."""
     out = folder / "-".join((launcher, str(n), *words))
     arguments = [PROGRAM, words[0], str(out), *words[1:]]
     if launcher == "openmpi":
-        result = launch(n, [sys.executable, *arguments], timeout=100)
+        result = launch(n, [sys.executable, *arguments], timeout=100, env=env)
     else:
-        result = watch([*command(launcher, n), *arguments], timeout=100)
+        result = watch([*command(launcher, n), *arguments], timeout=100, env=env)
     assert result.returncode == 0 and not result.timed_out, result.stdout[-2000:] + result.stderr[-6000:]
     assert not result.leftovers
     found: Found = json.loads(out.read_text())
@@ -88,6 +89,13 @@ def test_a_ddp_program_takes_triloom_in(openmpi: Found, tmp_path: Path) -> None:
     found = start("torchrun", 2, tmp_path, "adopt", "wire")
     assert (found["launcher"], found["ranks"]) == ("adopted", 2)
     assert (found["losses"], found["ddp"]) == (openmpi["losses"], openmpi["ddp"])
+
+
+def test_nccl_over_an_adopted_world(openmpi: Found, tmp_path: Path) -> None:
+    """The stand-in for NCCL between two processes: the same losses over it, ordered sums asked for."""
+    env = {"FAKE_NCCL": str(nccl_fake.build(tmp_path)), "FAKE_NCCL_SHARED": str(tmp_path / "shared")}
+    found = start("torchrun", 2, tmp_path, "nccl", "wire", env=env)
+    assert (found["launcher"], found["losses"]) == ("adopted", openmpi["losses"])
 
 
 @pytest.fixture(scope="module")
