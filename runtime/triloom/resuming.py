@@ -64,7 +64,7 @@ def _own_or_new(run: str | None, source: Path) -> str | None:
     if run is None:
         return None
     place = Path(run).expanduser()
-    if place.resolve() in source.resolve().parents or not place.exists() or not any(place.iterdir()):
+    if place.resolve() in source.resolve().parents[:2] or not place.exists() or not any(place.iterdir()):
         return run
     raise ConfigError(
         f"run.dir = {run!r} is not empty, and {source} is not in it; give a new folder, or leave run.dir out"
