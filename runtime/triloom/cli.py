@@ -13,6 +13,7 @@ from .commands.bench import run_bench
 from .commands.doctor import run_doctor
 from .commands.schedule import run_schedule
 from .commands.timeline import run_timeline
+from .commands.verify import run_verify
 from .config import Config, Loaded, help_fields, load
 from .errors import CheckpointError, ConfigError, DivergedError, ProgramError, TriloomError
 
@@ -22,6 +23,7 @@ triloom trains one model on many ranks: tensor, pipeline and data parallelism un
   mpirun -n 4 triloom train [--config run.toml] [--parallel.tp 2 ...]   train; see triloom train --help
   triloom schedule NAME --stages 8 --micro 32 ...   draw a pipeline schedule; see triloom schedule --help
   triloom timeline RUN            draw a measured step under its simulation; see triloom timeline --help
+  triloom verify ...              train a few steps on a mesh and on one rank, and compare; see triloom verify --help
   triloom doctor [FOLDER]         what this machine offers and lacks; under mpirun, how the ranks talk
   triloom demo [--dir FOLDER]     train a small transformer on 4 ranks in two ways, and compare (2 minutes)
   triloom bench [NAME ...]        measure against peers, e.g. bench comm; see triloom bench --help
@@ -230,6 +232,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": run_train,
     "schedule": run_schedule,
     "timeline": run_timeline,
+    "verify": run_verify,
     "doctor": run_doctor,
     "demo": run_demo,
     "bench": run_bench,

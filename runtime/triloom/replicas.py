@@ -8,7 +8,7 @@ It reads every parameter once, and sends 8 bytes for each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -27,6 +27,8 @@ CHUNK = 1 << 20
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 """By the bytes of an element, the integers it is read as. At most 32 bits, so that the factor reaches the highest."""
 
+SHOWN = 8
+"""Parameters that an error names."""
 WAY_OUT = (
     "they must be equal bit for bit. If no code of yours changed them on one rank only, suspect the memory of that "
     "machine; start again from the last checkpoint"
@@ -45,11 +47,34 @@ def fingerprint(values: torch.Tensor, first: int = 0) -> torch.Tensor:
     return total
 
 
+class Replicas(NamedTuple):
+    """What a comparison found."""
+
+    alike: int
+    """Parameters of this rank that another rank holds too."""
+    differing: tuple[str, ...]
+    """A line for every parameter whose holders do not agree; the same on every rank."""
+
+
 def check_replicas(engine: Engine) -> int:
+    """Raise DivergedError on every rank, naming parameters and ranks, if :func:`compare_replicas` finds a difference.
+
+    Returns the number of this rank's parameters that another rank holds too.
+    """
+    found = compare_replicas(engine)
+    if found.differing:
+        more = f" and {len(found.differing) - SHOWN} more" if len(found.differing) > SHOWN else ""
+        raise DivergedError(
+            f"before step {engine.steps}, ranks hold different values of the same parameter: "
+            f"{', '.join(found.differing[:SHOWN])}{more}; {WAY_OUT}"
+        )
+    return found.alike
+
+
+def compare_replicas(engine: Engine) -> Replicas:
     """Compare over dp, over tp what is not split, and between the uses of tied parameters; between steps, collective.
 
-    Returns the number of this rank's parameters that another rank was found to hold alike. What each dp rank holds
-    a part of (ZeRO-3) has no second copy over dp. Raises DivergedError on every rank, naming parameters and ranks.
+    What each dp rank holds a part of (ZeRO-3) has no second copy over dp.
     """
     params, dp = engine.state.params, engine.groups.axis("dp")
     held = dict(_local(engine))
@@ -78,9 +103,9 @@ def check_replicas(engine: Engine) -> int:
         holders = [r for r, row in enumerate(uses) if name in row]
         found += _differing(name, "its uses", [uses[r][name] for r in holders], [pp.members[r] for r in holders])
 
-    _tell(engine, found)
+    everything = gather_objects(engine.world, found)
     alike = set(tied) | (set(whole) if tp.size > 1 else set()) | (set(held) if dp.size > block else set())
-    return len(alike)
+    return Replicas(len(alike), tuple(dict.fromkeys(text for one in everything for text in one)))
 
 
 def _local(engine: Engine) -> Iterator[tuple[str, int]]:
@@ -122,14 +147,3 @@ def _differing(name: str, over: str, values: Sequence[int], ranks: Sequence[int]
     world = tuple(range(max(ranks) + 1))
     said = "; ".join(f"{rank_list(held, world)}: {value:016x}" for value, held in sides.items())
     return [f"{name} (over {over}): {said}"]
-
-
-def _tell(engine: Engine, found: list[str]) -> None:
-    everyone = gather_objects(engine.world, found)
-    every = list(dict.fromkeys(text for one in everyone for text in one))
-    if every:
-        more = f" and {len(every) - 8} more" if len(every) > 8 else ""
-        raise DivergedError(
-            f"before step {engine.steps}, ranks hold different values of the same parameter: "
-            f"{', '.join(every[:8])}{more}; {WAY_OUT}"
-        )
