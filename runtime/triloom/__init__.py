@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .optim import wsd as wsd
     from .parallel.build import mean_loss as mean_loss
     from .parallel.recompute import recompute as recompute
+    from .parallel.skips import with_skips as with_skips
     from .parallel.splitting import second_pass as second_pass
     from .placement import Placement as Placement
     from .placement import zero0 as zero0
@@ -84,6 +85,7 @@ _HOME = {
     ),
     "parallel.build": ("mean_loss",),
     "parallel.recompute": ("recompute",),
+    "parallel.skips": ("with_skips",),
     "parallel.splitting": ("second_pass",),
     "placement": ("Placement", "zero0", "zero1"),
     "scope": ("Scope",),

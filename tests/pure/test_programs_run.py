@@ -25,8 +25,9 @@ from triloom.mesh import make_mesh
 from triloom.microbatches import Microbatches
 from triloom.optim import AdamW
 from triloom.parallel.build import mean_loss
+from triloom.parallel.skips import with_skips
 from triloom.passes import add_communication
-from triloom.placement import Placement, zero0, zero3
+from triloom.placement import Placement, zero0, zero1, zero3
 from triloom.verify import verify
 
 WIDTH = 5
@@ -204,3 +205,77 @@ def test_receives_that_wait_for_a_header_deadlock_nowhere(name: str, p: int, m: 
     for lanes in ("independent", "per_direction"):
         verdict = verify(program, lanes=lanes, headers=True)
         assert verdict.headers and verdict.peak_bytes is None
+
+
+# ---------------------------------------------------------------- skips
+
+
+class Join(Block):
+    """Uses what was made earlier."""
+
+    def forward(self, x: torch.Tensor, *earlier: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.stack([torch.sin(e) * (i + 1) for i, e in enumerate(earlier)]).sum(0)
+
+
+PAIRS = (("1", "7"), ("2", "5"), ("3", "5"), ("1", "4"), ("6", "7"))
+
+
+def joined() -> list[nn.Module]:
+    made: list[nn.Module] = blocks(9)
+    for i in (4, 5, 7):
+        join = Join().double()
+        join.load_state_dict(made[i].state_dict())
+        made[i] = join
+    return made
+
+
+def with_joins(group: Group, pp: int, schedule: str, **columns: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    modules: Any = joined()
+    if schedule == "gpipe":  # functions of a Scope
+        modules = [lambda scope, m=m: m for m in modules]
+    engine = Engine(
+        with_skips(modules, PAIRS), mean_loss(F.mse_loss), world=group, mesh=make_mesh(group.size, pp=pp),
+        microbatches=3, optimizer=AdamW(lr=0.05), schedule=schedule, placement=zero1().with_(**columns),
+    )  # fmt: skip
+    return [engine.step(*batch(i)).loss for i in range(3)], engine.full_state()
+
+
+def plain_gradients() -> tuple[float, dict[str, torch.Tensor]]:
+    modules, made = joined(), dict[str, torch.Tensor]()
+    x, y = batch(0)
+    for name, module in ((str(i), m) for i, m in enumerate(modules)):
+        x = made[name] = module(x, *(made[s] for s, t in PAIRS if t == name))
+    loss = F.mse_loss(x, y)
+    loss.backward()
+    params = {f"{i}.{n}": p for i, m in enumerate(modules) for n, p in m.named_parameters()}
+    return loss.item(), {name: p.grad for name, p in params.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("pp", [3, 4])
+def test_skip_connections_equal_one_process(pp: int) -> None:
+    losses, params = with_joins(Solo(), 1, "1f1b")
+    for schedule, columns in (
+        ("1f1b", {}),
+        ("interleaved", {}),
+        ("zb_h1", {}),
+        ("gpipe", {}),
+        ("1f1b", {"activations": "recompute"}),
+    ):
+        got, state = run_threads(pp, partial(with_joins, pp=pp, schedule=schedule, **columns))[pp - 1]
+        assert got == losses
+        assert all(torch.equal(state[k], v) for k, v in params.items())
+
+
+def test_gradients_of_skip_connections_are_those_of_torch() -> None:
+    loss, grads = plain_gradients()
+    engine = Engine(with_skips(joined(), PAIRS), mean_loss(F.mse_loss), optimizer=AdamW(lr=0.1), clip=None)
+    assert engine.step(*batch(0)).loss == pytest.approx(loss, rel=1e-12)
+    for name, moment in engine.full_state("exp_avg").items():
+        torch.testing.assert_close(moment, 0.1 * grads[name], rtol=1e-10, atol=1e-14)
+
+
+def test_skips_that_cannot_be_are_named() -> None:
+    with pytest.raises(ConfigError, match="of a unit '9'; the units are 0, 1, 2"):
+        with_skips(blocks(3), [("0", "9")])
+    with pytest.raises(ConfigError, match="goes backwards"):
+        with_skips(blocks(3), [("2", "1")])
