@@ -20,6 +20,7 @@ from .checkpoint import Restored, load, save
 from .choosing import Auto, Choice, Chooser
 from .compiling import evaluation, needs_headers, prove, state_layout
 from .described import describe
+from .diagnose import explained
 from .errors import ConfigError
 from .groups.base import Group
 from .groups.mesh_groups import mesh_groups
@@ -286,17 +287,12 @@ class Engine:
             self._chooser.note()
         self.groups.check()
         self.steps += not state.skipped
+        if state.diverged:
+            raise explained(self, state.diverged, inputs, targets)
         return Metrics(
-            step=state.step,
-            loss=state.loss,
-            weight=state.total_weight,
-            grad_norm=state.grad_norm,
-            lr=state.lr,
-            scale=state.scale,
-            skipped=state.skipped,
-            note=state.note,
-            notices=state.notices,
-        )
+            state.step, state.loss, state.total_weight, state.grad_norm, state.lr,
+            scale=state.scale, skipped=state.skipped, note=state.note, notices=state.notices,
+        )  # fmt: skip
 
     def _fit(self, budget: int) -> frozenset[int]:
         """The units to recompute from now on, from what the first step measured; the same on every rank of tp."""

@@ -34,6 +34,7 @@ from .parallel.reduction import REDUCTIONS
 from .plan import Plan, make_plan
 from .plan_rules import held_out
 from .program_file import check, has_state
+from .replicas import check_replicas
 from .resuming import RunCheckpoints, find_start, go_on
 from .runlog import Log, Result, check_run_dir, keep_tokenizer, open_log
 from .scaling import dynamic, fixed
@@ -246,8 +247,11 @@ class Loop:
         losses: list[float] = []
         held_out = self._job.held_out(self._world.rank)
         evaluation: Evaluation | None = None
+        check_every = self._config.check.replicas
         with self._job.feed(self._world.rank, self._saves.position) as feed:
             while self._engine.steps < self._config.train.steps:  # a skipped step is not counted, but uses up its batch
+                if check_every and self._engine.steps % check_every == 0:
+                    check_replicas(self._engine)
                 start = time.perf_counter()
                 chosen = self._engine.chosen
                 metrics = self._engine.step(*feed.next())

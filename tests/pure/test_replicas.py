@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from parity_cases import MODELS, Case
-from triloom.engine import Engine
+from triloom import boot
+from triloom.config import load
+from triloom.engine import Engine, Metrics
 from triloom.errors import DivergedError
 from triloom.groups.base import Group
 from triloom.groups.threads import run_threads
 from triloom.models import decoder
 from triloom.replicas import CHUNK, check_replicas, fingerprint
+from triloom.runlog import read_metrics
+from triloom.train import train
 
 BIAS = "blocks.1.attention.out.bias"
 """Whole on every rank of tp."""
@@ -98,3 +104,33 @@ def test_parts_add_up_across_chunks(dtype: torch.dtype) -> None:
     cut = CHUNK + 7
     parts = fingerprint(values[:cut]) + fingerprint(values[cut:], cut)
     assert torch.equal(fingerprint(values), parts)
+
+
+def test_a_run_checks_every_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight changes on rank 1 while step 2 is under way; the check before step 4 is the next one."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 99)
+    words = f"--model.layers 1 --model.hidden 8 --model.heads 2 --model.seq 8 --train.batch 4 --data.path {tmp_path}"
+    words += f" --placement.name zero0 --check.replicas 2 --run.dir {tmp_path / 'run'} --train.threads 1"
+
+    def step(engine: Engine, *batch: torch.Tensor) -> Metrics:
+        metrics = plain(engine, *batch)
+        if metrics.step == 2 and engine.world.rank == 1:
+            spoil(engine, "blocks.0.mlp.up.weight")
+        return metrics
+
+    plain = Engine.step
+    monkeypatch.setattr(Engine, "step", step)
+
+    def body(group: Group) -> None:
+        world = boot.init(group=group, hooks=False, threads=1, device="cpu", local_rank=0, local_size=1)
+        with pytest.raises(
+            DivergedError, match="before step 4, .* blocks.0.mlp.up.weight .over dp.: rank 0: .*; rank 1"
+        ):
+            train(load(words.split()).config, world, out=io.StringIO())
+
+    before = torch.get_num_threads()
+    try:
+        run_threads(2, body)
+    finally:
+        torch.set_num_threads(before)
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 4

@@ -66,6 +66,8 @@ class StepState:
     skipped: bool = False
     """The gradient was not finite: nothing is updated."""
     note: str = ""
+    diverged: str = ""
+    """Why the training cannot go on; empty if it can."""
     notices: int = 0
     """Bits that any rank had for all of them, joined."""
     passes: dict[tuple[int, int], Pass] = field(default_factory=dict)

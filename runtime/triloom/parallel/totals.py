@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ..actions import Action
-from ..errors import DivergedError
 from ..groups.base import Group
 from ..groups.objects import gather_objects
 from ..scaling import Scaling, after, start
@@ -94,7 +93,7 @@ class Totals:
         step.scale = self.scaling.scale
         step.grad_norm = scaled / step.scale
         step.grad_scale = self._clip.factor(step.grad_norm) / step.scale
-        step.skipped = not math.isfinite(scaled)
+        step.skipped = not (math.isfinite(scaled) and math.isfinite(step.loss))
         self.scaling = after(self._rule, self.scaling, not step.skipped)
         if step.skipped:
             self._state.skip()
@@ -103,17 +102,15 @@ class Totals:
             self._state.leave_out(absent)
 
     def _skip(self, step: StepState) -> None:
-        """Say who had the first bad gradient; end the training if there were too many in a row."""
+        """Say who had the first bad gradient; there may be too many in a row to go on."""
         mine = next((name for name, grad in owned_gradients(self._state) if not grad.isfinite().all()), None)
         names = gather_objects(self._world, mine)
         found = [(r, name) for r, name in enumerate(names) if name is not None]
         where = f"in {found[0][1]} on rank {self._world.members[found[0][0]]}" if found else "only in the sum"
         step.note = f"gradient norm {step.grad_norm} at step {step.step}, loss {step.loss}: first {where}"
         if self.scaling.skips > self._rule.max_skips:
-            raise DivergedError(
-                f"{step.note}; {self.scaling.skips} steps in a row (max_skips={self._rule.max_skips}) were skipped: "
-                "lower the learning rate, check the data, or train in a wider dtype"
-            )
+            row = f"{self.scaling.skips} steps in a row (max_skips={self._rule.max_skips}) were skipped"
+            step.diverged = f"{step.note}; {row}"
 
     def _agree(self, step: StepState, parts: Sequence[Pair], present: Sequence[bool]) -> tuple[Pair, frozenset[str]]:
         """Set the step's loss and weight on every rank; return all ranks' ``parts`` joined, and the parameters that
