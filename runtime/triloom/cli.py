@@ -22,6 +22,7 @@ triloom trains one model on many ranks: tensor, pipeline and data parallelism un
 
   mpirun -n 4 triloom train [--config run.toml] [--parallel.tp 2 ...]   train; see triloom train --help
   triloom schedule NAME --stages 8 --micro 32 ...   draw a pipeline schedule; see triloom schedule --help
+  triloom data inspect PATH ...   what a text or a token file holds; tokenize it; see triloom data --help
   triloom timeline RUN            draw a measured step under its simulation; see triloom timeline --help
   triloom verify ...              train a few steps on a mesh and on one rank, and compare; see triloom verify --help
   triloom doctor [FOLDER]         what this machine offers and lacks; under mpirun, how the ranks talk
@@ -46,9 +47,9 @@ triloom train: train a decoder on bytes of text.
   --help
       This text.
 
-Told to stop by SIGTERM, SIGUSR1 or Ctrl-C, all ranks finish the step, save and leave with exit code 75; a second
-signal ends them at once. (mpirun hands on SIGUSR1. Told SIGTERM or Ctrl-C itself, it gives the ranks
-PRTE_MCA_odls_base_sigkill_timeout seconds.)
+Told to stop by SIGUSR1, SIGTERM or Ctrl-C, all ranks finish the step, save and leave with exit code 75; a second signal
+ends them at once. mpirun hands SIGUSR1 on and returns 75. Told SIGTERM or Ctrl-C itself, that of Open MPI kills the
+ranks a moment later and returns 1: send it SIGUSR1 (kill -USR1; Slurm: sbatch --signal=USR1@120).
 
 Every key is written --section.key value or --section.key=value; a bare --section.key means true.
 """
