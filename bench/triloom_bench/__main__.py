@@ -44,6 +44,7 @@ BENCHES: dict[str, Bench] = {
         "validation loss at nanoGPT's CPU settings against a plain PyTorch loop: a loss, not a time",
         (Launch(2, "nanogpt", rounds=False),),
     ),
+    "nccl": Bench("every collective over NCCL against torch's and cupy's; host cost", (Launch(0, "comm_nccl"),)),
     "group_latency": Bench(
         "operations of the MPI group: latency, bandwidth, overlap", (Launch(2, "group_latency", structured=False),)
     ),

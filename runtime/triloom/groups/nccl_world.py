@@ -108,6 +108,21 @@ def device_world(
     return DeviceGroup(control, group)
 
 
+MULTI_RANK = 23000
+"""The NCCL that has a switch for several ranks on one GPU."""
+
+
+def sharing_settings(version: int, rank: int) -> dict[str, str]:
+    """Environment variables, set before NCCL's first call, with which ranks may share a GPU: for tests only.
+
+    From 2.30 on there is a switch; before, each rank says that it is on a host of its own, and everything goes through
+    the loopback network.
+    """
+    common = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "2"}
+    alone = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"} if version >= MULTI_RANK else {"NCCL_HOSTID": f"triloom-rank{rank}"}
+    return common | alone
+
+
 def _sharing(control: Group, streams: Streams) -> str:
     """What to do where several ranks are on one device; empty where they are not."""
     places: Sequence[str] = gather_objects(control, f"{socket.gethostname()}/{streams.identity()}")
