@@ -55,6 +55,11 @@ void py_dropout(Address out, Address in, int dtype, const Sizes& sizes, const Si
             pool);
 }
 
+void py_round_stochastic(Address out, Address in, const Sizes& sizes, const Sizes& out_strides,
+                         const Sizes& in_strides, const Sizes& index, uint64_t key, uint64_t base, Pool* pool) {
+    round_stochastic(at(out), at(in), box(sizes, out_strides, in_strides, index, key, base), pool);
+}
+
 void py_adamw(Address param, Address grad, Address exp_avg, Address exp_avg_sq, Address low, int state_dtype,
               int grad_dtype, int low_dtype, int64_t n, const std::array<double, 9>& x, Pool* pool) {
     adamw({at(param), at(grad), at(exp_avg), at(exp_avg_sq), at(low), dtype_of(state_dtype), dtype_of(grad_dtype),
@@ -207,6 +212,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("fill_uniform", &py_fill_uniform, NoGil());
     m.def("fill_normal", &py_fill_normal, NoGil());
     m.def("dropout", &py_dropout, NoGil());
+    m.def("round_stochastic", &py_round_stochastic, NoGil());
     m.def("adamw", &py_adamw, NoGil());
     m.def("sqrt", &py_sqrt, NoGil());
     m.def("sum_squares_partials", &py_partials, NoGil());

@@ -183,4 +183,15 @@ void dropout(void* out, const void* in, DType dtype, const Box& box, uint32_t th
     }
 }
 
+void round_stochastic(void* out, const void* in, const Box& box, Pool* pool) {
+    for_segments(box, pool, [&](const Segment& s, const Axis& inner) {
+        const Words words(box.key, s, inner.index);
+        const float* from = static_cast<const float*>(in) + s.in;
+        bf16* to = static_cast<bf16*>(out) + s.out;
+        if (inner.in == 1 && inner.out == 1) return round_randomly(words.begin(), s.size, from, to);
+        for (int64_t i = 0; i < s.size; ++i)
+            round_randomly(words.begin() + i, 1, from + i * inner.in, to + i * inner.out);
+    });
+}
+
 }  // namespace triloom

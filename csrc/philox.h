@@ -40,4 +40,7 @@ void fill_normal(void* out, DType dtype, const Box& box, double mean, double std
 // out = word < threshold ? 0 : in * scale. 16-bit floats are multiplied in fp32 and rounded once.
 void dropout(void* out, const void* in, DType dtype, const Box& box, uint32_t threshold, double scale, Pool* pool);
 
+// out (bf16) = in (fp32) rounded up or down by chance, up with the probability that makes the expectation exact.
+void round_stochastic(void* out, const void* in, const Box& box, Pool* pool);
+
 }  // namespace triloom

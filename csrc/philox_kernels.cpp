@@ -130,4 +130,15 @@ TRILOOM_CLONES void drop(const uint32_t* words, int64_t n, uint32_t threshold, f
     drop_body(words, n, threshold, scale, in, out);
 }
 
+TRILOOM_CLONES void round_randomly(const uint32_t* __restrict words, int64_t n, const float* __restrict in,
+                                   bf16* __restrict out) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = bit_cast<uint32_t>(in[i]);
+        const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+        const uint32_t quiet = (bits & 0x007fffffu) ? 0x00400000u : 0u;  // a NaN whose payload is cut off
+        const uint32_t up = finite ? bits + (words[i] & 0xffffu) : bits | quiet;
+        out[i].bits = static_cast<uint16_t>(up >> 16);
+    }
+}
+
 }  // namespace triloom

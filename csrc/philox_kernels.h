@@ -36,4 +36,8 @@ void drop(const uint32_t* words, int64_t n, uint32_t threshold, double scale, co
 void drop(const uint32_t* words, int64_t n, uint32_t threshold, float scale, const bf16* in, bf16* out);
 void drop(const uint32_t* words, int64_t n, uint32_t threshold, float scale, const f16* in, f16* out);
 
+// out[i] = in[i] cut to bf16 after the low 16 bits of words[i] were added to its own low 16 bits; what is not finite
+// is cut as it is, a NaN stays one.
+void round_randomly(const uint32_t* words, int64_t n, const float* in, bf16* out);
+
 }  // namespace triloom

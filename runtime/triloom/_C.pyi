@@ -58,6 +58,18 @@ def dropout(
     pool: Pool | None,
     /,
 ) -> None: ...
+def round_stochastic(
+    out: int,
+    input: int,
+    sizes: Sequence[int],
+    out_strides: Sequence[int],
+    input_strides: Sequence[int],
+    index_strides: Sequence[int],
+    key: int,
+    base: int,
+    pool: Pool | None,
+    /,
+) -> None: ...
 def adamw(
     param: int,
     grad: int,

@@ -47,7 +47,9 @@ def prove(program: Program, layout: StateLayout, placement: Placement, groups: M
     return verify(
         program,
         lanes=groups.lanes,
-        footprint=lambda coord, a: [("tp", "layers", 0)] if tp > 1 and a.op in COMPUTE else of_state(coord, a),
+        footprint=lambda coord, a: (
+            [("tp", "layers", 0)] if tp > 1 and a.op in (*COMPUTE, "STEP") else of_state(coord, a)
+        ),
         groups={"tp": inside(len(program.ranks))},
         layout=layout,
         placement=placement,

@@ -41,6 +41,7 @@ from .parallel.executor import Executor, Recorder, StepState
 from .parallel.gather import gather_full
 from .parallel.norms import Clip
 from .parallel.partition import partition
+from .parallel.precision import model_dtype
 from .parallel.reduction import Reduction
 from .parallel.sharded import ShardedState
 from .parallel.totals import Totals
@@ -52,7 +53,6 @@ from .program_file import complete
 from .scaling import Scaling, dynamic, fixed
 from .schedules import Schedule
 from .scope import Scope
-from .shards import ShardSpec
 from .together import together
 from .verify import Verdict
 
@@ -94,7 +94,8 @@ class Engine:
     microbatches: pieces each dp rank's batch is cut into. stages: number of units of each stage,
     even if left out. clip: largest global gradient norm (2-norm, or a Clip), None for no clipping. scaling: of the
     loss, and how many steps with a gradient that is not finite may be skipped in a row; dynamic for fp16.
-    reduction: how gradients are summed over dp (``parallel.reduction``: exactly, or compressed).
+    reduction: how gradients are summed over dp (``parallel.reduction``: exactly, or compressed). dtype: of the
+    parameters that functions of a Scope make, and of activations; the placement's, or fp32, if left out.
     shapes: what those between stages follow from, those of the ``batch`` or its ``data`` too; then activations travel
     behind headers, and memory is measured in each step. record: is told when each action ran (``spans.Spans``).
 
@@ -120,13 +121,14 @@ class Engine:
         stages: Sequence[int] | None = None,
         sequence_parallel: bool = False,
         seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         record: Recorder | None = None,
     ) -> None:
         self.world = world or Solo()
         self.mesh = mesh or make_mesh(self.world.size)
         self.placement = placement or zero1()
+        dtype = model_dtype(dtype, self.placement)
         self.optimizer = optimizer or AdamW()
         self.groups = mesh_groups(self.world, self.mesh)
         self.steps = 0
@@ -185,10 +187,11 @@ class Engine:
             device=self.scope.device,
             pool=Pool(torch.get_num_threads()) if torch.get_num_threads() > 1 else None,
             reduction=reduction,
+            seed=self.scope.seed,
         )
         self.modules, self._collector = assemble(
             self.named, coord_of, scope=self.scope, ties=self.ties, tie_groups=tie_groups,
-            groups=self.groups, world=self.world, state=self.state, optimizer=self.optimizer,
+            groups=self.groups, world=self.world, state=self.state,
         )  # fmt: skip
         enter(self.ledger, self.state, self.state.buckets, self.modules.values())
         self._units = unit_runs(self.modules, self.state, len(self.named) - 1)
@@ -321,8 +324,8 @@ class Engine:
 
         Collective. Holds the whole model on every rank: for tests, export and small models.
         """
-        specs: dict[str, ShardSpec] = {name: p.spec for name, p in self.state.params.items()}
-        state = gather_full(views.whole(self.state, kind), specs, self.groups)
+        mine = views.whole(self.state, kind)
+        state = gather_full(mine, views.specs(self.state, mine), self.groups)
         if not state:
             raise ConfigError(f"no parameter has a state {kind!r}; ask for params, master or a state of the optimizer")
         return state

@@ -17,6 +17,7 @@ ACTIVATIONS = ("keep", "selective", "recompute", "budget")
 REDUCTIONS = ("exact", "bfloat16", "int8", "topk")
 """Names of how gradients travel over dp (``parallel.reduction``)."""
 CADENCES = ("step", "microbatch")
+ROUNDINGS = ("master", "stochastic", "kahan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,10 @@ class Placement:
     """State is sharded inside neighbouring dp ranks of this number and replicated across them (hybrid sharding,
     PyTorch FSDP, arXiv 2304.11277, section 3.2.2); divides dp; None: over all of dp. Sums in two stages, so
     other bits."""
+    rounding: str = "master"
+    """How an update gets into 16-bit parameters. ``master``: there is a copy of them in fp32, 4 bytes more. Without
+    one, for bfloat16: ``stochastic`` rounds by chance, ``kahan`` keeps what was rounded off in a second bfloat16, 2
+    bytes more. ``optimizer.dtype = "bfloat16"`` halves the moments too, rounded by chance."""
     name: str = "zero0"
 
     def __post_init__(self) -> None:
@@ -80,12 +85,16 @@ class Placement:
             )
         if self.activation_bytes is not None and self.activation_bytes < 1:
             raise ConfigError(f"activation_bytes must be positive, got {self.activation_bytes}")
-        for name in ("params", "optimizer"):
-            if getattr(self, name).dtype is not None:
-                raise ConfigError(
-                    f"{name}.dtype = {getattr(self, name).dtype!r} cannot be chosen: parameters have the model's dtype "
-                    "(dtype= of the engine), masters and moments are float32, or float64 for float64 models"
-                )
+        if self.optimizer.dtype == "float16":
+            raise ConfigError(
+                "optimizer.dtype = 'float16': squares of gradients are below its range; take bfloat16, or leave it out"
+            )
+        if self.rounding not in ROUNDINGS:
+            raise ConfigError(f"rounding {self.rounding!r} is not one of {', '.join(ROUNDINGS)}")
+        if self.rounding != "master" and self.params.dtype not in (None, "bfloat16"):
+            raise ConfigError(
+                f"rounding = {self.rounding!r} is for bfloat16 parameters, not for params.dtype = {self.params.dtype!r}"
+            )
         if self.cadence not in CADENCES:
             raise ConfigError(f"cadence {self.cadence!r} is not one of {', '.join(CADENCES)}")
         if not isinstance(self.prefetch, int) or self.prefetch < 0:

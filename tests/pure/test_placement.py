@@ -30,8 +30,8 @@ def test_named_rows_differ_in_their_columns_only() -> None:
     [
         ({"grads": State(sharded=True)}, "zero2"),
         ({"params": State(sharded=True)}, "zero3"),
-        ({"params": State(dtype="bfloat16")}, "params.dtype = 'bfloat16' cannot be chosen"),
-        ({"optimizer": State(dtype="float32")}, "optimizer.dtype"),
+        ({"optimizer": State(dtype="float16")}, "optimizer.dtype = 'float16'"),
+        ({"rounding": "up"}, "rounding 'up' is not one of master, stochastic, kahan"),
         ({"cadence": "sometimes"}, "cadence 'sometimes' is not one of step, microbatch"),
         ({"prefetch": -1}, "prefetch"),
         ({"shard_ranks": 0}, "shard_ranks"),

@@ -8,17 +8,16 @@ shards. So a model is built that as a whole would not fit into a rank's memory (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
 from ..groups.base import Group
 from ..groups.mesh_groups import MeshGroups
-from ..optim import Optimizer
 from ..scope import Scope
 from ..together import together
 from . import build
 from .build import Collector, UnitLike
-from .segments import check_rules
 from .sharded import LocalParam, ShardedState
 from .ties import Tie
 
@@ -33,7 +32,6 @@ def assemble(
     groups: MeshGroups,
     world: Group,
     state: ShardedState,
-    optimizer: Optimizer,
 ) -> tuple[dict[int, nn.Module], Collector]:
     """The modules of this rank by unit number, their parameters in ``state``. Collective over the world.
 
@@ -46,15 +44,13 @@ def assemble(
 
         def local(wanted: Sequence[int] = mine[turn : turn + 1]) -> tuple[dict[int, nn.Module], list[LocalParam]]:
             built = build.build_units(named, wanted, scope)
-            params = [p for u, module in built.items() for p in collector.add(u, module)]
-            check_rules({p.name: p.spec for p in params}, optimizer, scope.tp.size)
-            return built, params
+            return built, [p for u, module in built.items() for p in collector.add(u, module)]
 
         built, params = together(world, local)
         build.replicate(built, params, groups)
         modules |= built
-        state.add(params)
+        together(world, partial(state.add, params))
     together(world, lambda: collector.check_ties(modules))
-    state.finish()
+    together(world, state.finish)
     build.replicate_ties(state, tie_groups)
     return modules, collector

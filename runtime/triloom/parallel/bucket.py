@@ -14,13 +14,10 @@ import torch
 
 from ..groups.base import Work
 from ..placement import Placement
-from .flat import Bucket
-from .segments import Call, Segment, Treatments, calls, cut, keep
+from .flat import Bucket, Slot
+from .precision import Precision
+from .segments import Call, Known, Segment, calls, cut, keep
 from .weight_grads import Accumulator
-
-ACCUMULATE = {torch.float64: torch.float64}
-"""Dtype of masters and moments, and of gradients unless the placement says otherwise, by parameter dtype; fp32 where
-not listed."""
 
 
 class Flat:
@@ -101,8 +98,10 @@ class BucketState:
     """This rank's part of the parameters: a view of them, or all there is of them between uses."""
     grad_shard: torch.Tensor
     """This rank's part of the reduced gradient: a view of the gradients, or what they are folded into."""
+    precision: Precision
     master: torch.Tensor
-    """Parameters in accumulation precision over ``updates``; a view of the parameters where the dtypes agree."""
+    """What rules update, over ``updates``: parameters in the dtype of the arithmetic, or a view of the parameters where
+    there is no such copy."""
     states: dict[str, torch.Tensor]
     """The optimizer's, by name: those of all segments in one flat tensor."""
     segments: list[Segment]
@@ -121,11 +120,16 @@ class BucketState:
     """Of the last STEP: what each parameter has missed, None for one that was absent."""
     calls: list[Call] | None = None
     """Its calls."""
+    slots: dict[str, Slot] = field(init=False)
+    """By name."""
+
+    def __post_init__(self) -> None:
+        self.slots = {s.name: s for s in self.bucket.slots}
 
     @property
     def low(self) -> torch.Tensor | None:
         """Where STEP writes its copy in the parameters' dtype, if the master is separate."""
-        if self.master.dtype == self.params.tensor.dtype:
+        if not self.precision.master:
             return None
         return self.param_shard if self.residency.optimizer else self.params.tensor[self.updates]
 
@@ -167,13 +171,13 @@ def allocate(
     *,
     rank: int,
     dp: int,
-    treatments: Treatments,
+    known: Known,
+    precision: Precision,
     device: torch.device,
 ) -> BucketState:
     """The tensors of a bucket, all zero, its parameters whole; :func:`settle_down` follows once they are in."""
     dtype: torch.dtype = getattr(torch, bucket.dtype)
-    acc = ACCUMULATE.get(dtype, torch.float32)
-    grad = acc if residency.grad_dtype is None else getattr(torch, residency.grad_dtype)
+    grad = precision.work if residency.grad_dtype is None else getattr(torch, residency.grad_dtype)
     lo, hi = bucket.shard(rank, dp)
     updates = slice(lo, hi) if residency.optimizer else slice(0, bucket.numel)
     grads = Flat(bucket.numel, grad, device, touch=not residency.grads)
@@ -181,7 +185,7 @@ def allocate(
     own_params = torch.zeros(hi - lo, dtype=dtype, device=device) if residency.params else params.tensor[lo:hi]
     separate = residency.each or residency.grads
     own_grads = torch.zeros(hi - lo, dtype=grad, device=device) if separate else grads.tensor[lo:hi]
-    states, segments = keep(cut(bucket, updates, treatments), acc, device)
+    states, segments = keep(cut(bucket, updates, known), known, precision, device)
     return BucketState(
         bucket=bucket,
         residency=residency,
@@ -191,6 +195,7 @@ def allocate(
         grads=grads,
         param_shard=own_params,
         grad_shard=own_grads,
+        precision=precision,
         master=own_params if residency.optimizer else params.tensor[updates],
         states=states,
         segments=segments,
@@ -201,10 +206,9 @@ def settle_down(state: BucketState) -> None:
     """Take this rank's shards of the initial parameters and give back what the placement does not keep whole."""
     if state.residency.params:
         state.param_shard.copy_(state.params.tensor[state.shard])
-    acc = ACCUMULATE.get(state.params.tensor.dtype, torch.float32)
-    if acc != state.params.tensor.dtype:
+    if state.precision.master:
         whole = state.param_shard if state.residency.optimizer else state.params.tensor[state.updates]
-        state.master = whole.to(acc)
+        state.master = whole.to(state.precision.work)
     if state.residency.params:
         state.params.release()
     if state.residency.grads:

@@ -35,6 +35,8 @@ class StatePiece:
     flat: torch.Tensor
     home: torch.Tensor | None = None
     """Where new values of ``flat`` belong, if it is a copy because its tensor is not contiguous."""
+    every: bool = False
+    """Every tp rank has the same, however the parameter is split."""
 
 
 def written_pieces(state: ShardedState) -> Iterator[StatePiece]:
@@ -50,7 +52,7 @@ def written_pieces(state: ShardedState) -> Iterator[StatePiece]:
             if turns[slot.name] % (state.replicas.size * copies) != number:
                 continue
             for piece in _of_slot(b, slot, p.spec, places, b.shard):
-                if piece.shape != () or copies > 1 or state.tp.rank == 0:
+                if not piece.every or copies > 1 or state.tp.rank == 0:
                     yield piece
 
 
@@ -111,7 +113,7 @@ def _of_segment(
         if reach is None and starts_here:
             yield _of_whole(name, flat, slot, spec)
         elif reach is not None and per == EACH and (starts_here or clip == b.updates):
-            yield StatePiece(name, (), Part(0, 1), flat[number : number + 1])
+            yield StatePiece(name, (), Part(0, 1), flat[number : number + 1], every=True)
         elif reach == 1 and per == 1:
             yield from _elements(kind, flat, origin, slot, spec, clip)
         elif reach is not None and per != EACH:
@@ -119,10 +121,11 @@ def _of_segment(
 
 
 def _of_whole(name: str, values: torch.Tensor, slot: Slot, spec: ShardSpec) -> StatePiece:
-    """A state of a rule on whole tensors: one that has the parameter's shape is split like it."""
+    """A state of a rule on whole tensors: one that has the parameter's shape is split like it, every tp rank has all
+    of the others."""
     if tuple(values.shape) == slot.shape:
         return StatePiece(name, spec.global_shape, part_of(spec, 0, slot.numel), values.reshape(-1))
-    return StatePiece(name + _suffix(spec), tuple(values.shape), Part(0, values.numel()), values.reshape(-1))
+    return StatePiece(name, tuple(values.shape), Part(0, values.numel()), values.reshape(-1), every=True)
 
 
 def _blocks(

@@ -5,18 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from ..errors import ConfigError
-from ..optim.base import BLOCK, Optimizer, Rule, Spec, Treatment
+from ..optim.base import BLOCK, Rule, Spec, Treatment
 from ..shards import ShardSpec
 from .flat import ALIGN, Bucket
+from .precision import Precision
 
-Treatments = Mapping[str, Treatment]
-"""By canonical name of the parameter."""
+
+@dataclass(frozen=True)
+class Known:
+    """How the parameters of a rank are updated and split, by canonical name; filled while units are added."""
+
+    treatments: dict[str, Treatment] = field(default_factory=dict)
+    specs: dict[str, ShardSpec] = field(default_factory=dict)
+
+
+def kept_whole(how: Precision, rule: Rule, shape: tuple[int, ...], spec: ShardSpec) -> Mapping[str, Spec]:
+    """What a rule on whole tensors keeps where a tp rank has the part ``shape`` of one: of states in the parameter's
+    shape its part, the others whole on every rank."""
+    specs = how.specs(rule, spec.global_shape)
+    return {n: s._replace(shape=shape) if s.shape == spec.global_shape else s for n, s in specs.items()}
+
 
 EACH = 0
 """In ``Segment.per``: one number for each parameter, however many elements it has."""
@@ -60,18 +74,22 @@ class Call:
     shape: tuple[int, ...]
     treatment: Treatment
     states: Mapping[str, torch.Tensor]
+    per: Mapping[str, int]
+    parts: tuple[Part, ...]
+    """The parameters, relative to the start of the call."""
     missed: int
     """Steps of the run that these parameters were not updated in."""
     copies: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     """States of which there is one for each parameter: the one that the rule sees, and the others, which follow it."""
 
 
-def cut(bucket: Bucket, updates: slice, treatments: Treatments) -> list[Cut]:
+def cut(bucket: Bucket, updates: slice, known: Known) -> list[Cut]:
     """The calls that update ``updates`` of a bucket.
 
     Of a rule on whole tensors one a parameter; of others one for neighbouring parameters with equal
     treatments, padding included, so that lengths and starts are multiples of ALIGN.
     """
+    treatments = known.treatments
     if bucket.whole:
         return [
             Cut(slice(lo, lo + s.numel), s.shape, treatments[s.name], (Part(s.name, 0, s.numel),))
@@ -94,10 +112,10 @@ def cut(bucket: Bucket, updates: slice, treatments: Treatments) -> list[Cut]:
 
 
 def keep(
-    cuts: Sequence[Cut], dtype: torch.dtype, device: torch.device
+    cuts: Sequence[Cut], known: Known, how: Precision, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], list[Segment]]:
     """Zeroed states of all cuts, by name one flat tensor in the order of the cuts, and the views of each cut."""
-    shaped = [_shapes(c, c.treatment.rule.states(c.shape, dtype)) for c in cuts]
+    shaped = [_shapes(c, known, how) for c in cuts]
     totals: dict[str, Spec] = {}
     for of_cut in shaped:
         for name, (spec, _) in of_cut.items():
@@ -118,21 +136,23 @@ def keep(
     return flats, segments
 
 
-def _shapes(c: Cut, specs: Mapping[str, Spec]) -> dict[str, tuple[Spec, int]]:
+def _shapes(c: Cut, known: Known, how: Precision) -> dict[str, tuple[Spec, int]]:
     """What is kept for a cut, and how many elements one of it is for. Single numbers are kept for each parameter,
     since one that had no gradient falls behind the others."""
-    if c.treatment.rule.reach is None:
-        return {name: (spec, 1) for name, spec in specs.items()}
+    rule = c.treatment.rule
+    if rule.reach is None:
+        of_whole = kept_whole(how, rule, c.shape, known.specs[c.parts[0].name])
+        return {name: (spec, 1) for name, spec in of_whole.items()}
     (n,) = c.shape
-    known = {(n,): 1, (n // BLOCK,): BLOCK, (): EACH}
+    sizes = {(n,): 1, (n // BLOCK,): BLOCK, (): EACH}
     out = {}
-    for name, spec in specs.items():
-        if spec.shape not in known:
+    for name, spec in how.specs(rule, c.shape).items():
+        if spec.shape not in sizes:
             raise ConfigError(
-                f"state {name!r} of {type(c.treatment.rule).__name__} has shape {spec.shape} for a piece of {n} "
+                f"state {name!r} of {type(rule).__name__} has shape {spec.shape} for a piece of {n} "
                 f"elements; it must have one number for each, for each block of {BLOCK}, or be a single one"
             )
-        per = known[spec.shape]
+        per = sizes[spec.shape]
         out[name] = (spec if per else Spec((len(c.parts),), spec.dtype), per)
     return out
 
@@ -143,7 +163,7 @@ def calls(segment: Segment, missed: Mapping[str, int], absent: AbstractSet[str])
     c = segment.cut
     places = [(i, p, missed.get(p.name, 0)) for i, p in enumerate(c.parts) if p.name not in absent]
     if c.treatment.rule.reach is None:
-        return [Call(c.span, c.shape, c.treatment, segment.states, m) for _, _, m in places]
+        return [Call(c.span, c.shape, c.treatment, segment.states, segment.per, c.parts, m) for _, _, m in places]
 
     runs: list[tuple[int, int, int]] = []
     """First parameter, the one after the last, and what they have missed."""
@@ -172,18 +192,8 @@ def _call(segment: Segment, first: int, last: int, missed: int) -> Call:
         else:
             states[name] = t[lo // per : hi // per]
     span = slice(c.span.start + lo, c.span.start + hi)
-    return Call(span, (hi - lo,), c.treatment, states, missed, tuple(copies))
-
-
-def check_rules(specs: Mapping[str, ShardSpec], optimizer: Optimizer, tp: int) -> None:
-    """Raise ConfigError for a rule on whole tensors and a parameter that is split over tp."""
-    for name, spec in specs.items():
-        rule: Rule = optimizer.treatment(name, spec.global_shape).rule
-        if rule.reach is None and spec.dim is not None and tp > 1:
-            raise ConfigError(
-                f"{type(rule).__name__} updates whole tensors, and {name} {spec.global_shape} is split over tp={tp}: "
-                "on its parts it would be another algorithm. Use tp=1, or give the parameter to an element-wise rule"
-            )
+    parts = tuple(Part(p.name, p.start - lo, p.stop - lo) for p in c.parts[first:last])
+    return Call(span, (hi - lo,), c.treatment, states, segment.per, parts, missed, tuple(copies))
 
 
 if ALIGN % BLOCK:

@@ -22,7 +22,7 @@ import torch
 from ..actions import Action
 from ..groups.base import Group
 from ..native import Pool
-from ..optim import Hyper, Optimizer, Rule, Treatment
+from ..optim import Optimizer, Rule, Treatment
 from ..passes import BucketInfo
 from ..placement import Placement
 from ..shards import ShardSpec
@@ -31,8 +31,11 @@ from .bucket import BucketState, allocate, residency, settle_down
 from .executor import Handler, StepState
 from .flat import Entry, Packer, Slot, make_bucket, place
 from .guard import guard
+from .precision import check_rounding, precision
 from .reduction import Exact, Reduction
+from .segments import Known
 from .ties import Tie
+from .updates import Updates
 from .weight_grads import Accumulator
 
 
@@ -53,7 +56,7 @@ class ShardedState:
     dp: the data-parallel ranks the state is sharded over; replicas: those that hold the same shard (one, but for
     hybrid sharding); tp: group; tie_groups: by tie index, the group over the coordinates that hold the tie (absent
     when it is one coordinate). pool: threads for element-wise work on the host; reduction: how gradients are summed
-    over dp.
+    over dp; seed: of the draws that round by chance.
     """
 
     def __init__(
@@ -69,19 +72,21 @@ class ShardedState:
         device: torch.device,
         pool: Pool | None = None,
         reduction: Reduction | None = None,
+        seed: int = 0,
     ) -> None:
         self.dp, self.replicas, self.tp, self.coord = dp, replicas, tp, coord
+        self.pool = pool
         self._tie_groups = tie_groups
         self._placement = placement
         self._optimizer = optimizer
         self._device = device
-        self.pool = pool
         self._reduction = reduction or Exact()
         self.uses: dict[tuple[int, int], Accumulator] = {}
         """(unit, id(parameter)) -> its accumulator."""
         self.params: dict[str, LocalParam] = {}
         """By canonical name, in unit order; of tied uses the first on this rank."""
-        self.treatments: dict[str, Treatment] = {}
+        self.known = Known()
+        self._updates = Updates(tp, self.known.specs, seed=seed, pool=pool)
         self.missed: dict[str, int] = {}
         """By canonical name, the steps of the run in which a parameter was not updated because it had no gradient
         on any rank; 0 where not listed. The same on every rank that has the parameter. A rule counts the others."""
@@ -127,6 +132,7 @@ class ShardedState:
         for index, state in enumerate(new, len(self.buckets)):
             state.bucket = replace(state.bucket, index=index)
         self.buckets, self._made = (*self.buckets, *new), []
+        check_rounding(self._placement, {b.params.tensor.dtype for b in self.buckets})
         return new
 
     def infos(self) -> tuple[BucketInfo, ...]:
@@ -141,7 +147,8 @@ class ShardedState:
 
     def _entry(self, p: LocalParam) -> Entry:
         rules, treatments = self._numbers
-        treatment = self.treatments[p.name] = self._optimizer.treatment(p.name, p.spec.global_shape)
+        self.known.specs[p.name] = p.spec
+        treatment = self.known.treatments[p.name] = self._optimizer.treatment(p.name, p.spec.global_shape)
         rule = treatment.rule
         if rule not in rules:
             rules.append(rule)
@@ -167,7 +174,8 @@ class ShardedState:
             residency(self._placement, tied=run[0].tied, dp=self.dp.size),
             rank=self.dp.rank,
             dp=self.dp.size,
-            treatments=self.treatments,
+            known=self.known,
+            precision=precision(self._placement, getattr(torch, run[0].dtype), self._numbers[0][run[0].rule]),
             device=self._device,
         )
         for slot in bucket.slots:
@@ -333,23 +341,8 @@ class ShardedState:
         if step.skipped:
             return
         state = self._bucket(action)
-        grads, low = state.final_grads, state.low
-        for c in state.calls_of(self.missed, self._absent):
-            c.treatment.rule.update(
-                state.master[c.span].view(c.shape),
-                grads[c.span].view(c.shape),
-                c.states,
-                Hyper(
-                    lr=c.treatment.rate(step.step),
-                    step=step.step + 1 - c.missed,
-                    weight_decay=c.treatment.weight_decay,
-                    grad_scale=step.grad_scale,
-                    pool=self.pool,
-                ),
-                None if low is None else low[c.span].view(c.shape),
-            )
-            for one, others in c.copies:
-                others.copy_(one)
+        for call in state.calls_of(self.missed, self._absent):
+            self._updates(state, call, step)
 
     def _unshard(self, action: Action, step: StepState) -> None:
         """Make room for a whole gradient, or post the gather of the parameters."""

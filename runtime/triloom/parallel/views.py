@@ -9,9 +9,10 @@ import torch
 
 from ..groups.base import Group
 from ..optim.base import BLOCK, Spec
+from ..shards import ShardSpec
 from .bucket import BucketState
 from .flat import Bucket, Piece, Slot, pieces
-from .segments import Treatments
+from .segments import Known, kept_whole
 from .sharded import ShardedState
 
 # ---------------------------------------------------------------- gradients of the norm
@@ -79,7 +80,7 @@ def by_bucket(state: ShardedState, kind: str) -> Iterator[dict[str, torch.Tensor
         else:
             gather = _whole_tensors if b.bucket.whole else _flat_pieces
             dp = state.dp if b.residency.optimizer else None
-            yield gather(b.bucket, b.states, kind, state.treatments, dp, b.master.dtype)
+            yield gather(b, kind, state.known, dp)
 
 
 def _gathered(b: BucketState, kind: str, dp: Group) -> torch.Tensor:
@@ -93,24 +94,30 @@ def _gathered(b: BucketState, kind: str, dp: Group) -> torch.Tensor:
     return full
 
 
-def _flat_pieces(
-    bucket: Bucket,
-    mine: Mapping[str, torch.Tensor],
-    kind: str,
-    treatments: Treatments,
-    dp: Group | None,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
+def specs(state: ShardedState, tensors: Mapping[str, torch.Tensor]) -> dict[str, ShardSpec]:
+    """How tensors of :func:`whole` are split over tp: like their parameter, but for those that a rule on whole tensors
+    keeps in another shape, which every rank has."""
+    out = {}
+    for name, t in tensors.items():
+        p = state.params[name]
+        replicated = state.known.treatments[name].rule.reach is None and t.shape != p.param.shape
+        out[name] = ShardSpec(tuple(t.shape)) if replicated else p.spec
+    return out
+
+
+def _flat_pieces(b: BucketState, kind: str, known: Known, dp: Group | None) -> dict[str, torch.Tensor]:
+    bucket = b.bucket
     if not bucket.slots:
         return {}
-    spec = treatments[bucket.slots[0].name].rule.states((BLOCK,), dtype).get(kind)
+    spec = b.precision.specs(known.treatments[bucket.slots[0].name].rule, (BLOCK,)).get(kind)
     if spec is None:
         return {}
+    mine = b.states.get(kind, torch.zeros(0, dtype=spec.dtype))
     if not spec.shape:
-        return _numbers(bucket, mine.get(kind, torch.zeros(0, dtype=spec.dtype)), dp)
+        return _numbers(bucket, mine, dp)
     per = BLOCK // spec.shape[0]
     share = bucket.numel // (1 if dp is None else dp.size) // per
-    flat = _gather(mine.get(kind, torch.zeros(0, dtype=spec.dtype)), share, dp).reshape(-1)
+    flat = _gather(mine, share, dp).reshape(-1)
     out = {}
     for s in bucket.slots:
         part = flat[s.offset // per : -(-s.stop // per)]
@@ -133,24 +140,23 @@ def _numbers(bucket: Bucket, mine: torch.Tensor, dp: Group | None) -> dict[str, 
     return out
 
 
-def _whole_tensors(
-    bucket: Bucket,
-    mine: Mapping[str, torch.Tensor],
-    kind: str,
-    treatments: Treatments,
-    dp: Group | None,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
+def _whole_tensors(b: BucketState, kind: str, known: Known, dp: Group | None) -> dict[str, torch.Tensor]:
     ranks = 1 if dp is None else dp.size
     rows: list[list[tuple[Slot, Spec]]] = []
     for rank in range(ranks):
-        have = [(p.slot, treatments[p.slot.name].rule.states(p.slot.shape, dtype)) for p in pieces(bucket, rank, ranks)]
+        have = [
+            (
+                p.slot,
+                kept_whole(b.precision, known.treatments[p.slot.name].rule, p.slot.shape, known.specs[p.slot.name]),
+            )
+            for p in pieces(b.bucket, rank, ranks)
+        ]
         rows.append([(slot, states[kind]) for slot, states in have if kind in states])
-    specs = [spec for row in rows for _, spec in row]
-    if not specs:
+    dtypes = [spec.dtype for row in rows for _, spec in row]
+    if not dtypes:
         return {}
     longest = max(sum(math.prod(spec.shape) for _, spec in row) for row in rows)
-    gathered = _gather(mine.get(kind, torch.zeros(0, dtype=specs[0].dtype)), longest, dp)
+    gathered = _gather(b.states.get(kind, torch.zeros(0, dtype=dtypes[0])), longest, dp)
     out = {}
     for row, flat in zip(rows, gathered, strict=True):
         start = 0
