@@ -18,6 +18,7 @@ from ..actions import Action, stage_of
 from ..errors import TriloomError
 from ..memory import Ledger
 from ..scope import Scope
+from ..verify import Held
 from . import cut
 from .activations import Activations
 from .cut import Boundary, Pass
@@ -184,6 +185,16 @@ class Executor:
         self._metas.clear()
         self._seen.clear()
         self.activations.forget()
+
+    def held(self, state: StepState) -> frozenset[Held]:
+        """What is held for microbatches now; ``verify.held`` says it beforehand."""
+        saved = (*state.passes, *state.kept)
+        tables = (("act", state.outs), ("grad", state.grads), ("saved", saved))
+        out = {(kind, u, mb) for kind, keys in tables for u, mb in keys}
+        out |= {("deferred", u, mb) for u, unit in self._units.items() for mb in unit.grads.pending}
+        for kind, stage, mb in self._wire.expected():
+            out.add((kind, self._stages[stage][-1] if kind == "act" else self._stages[stage][0] - 1, mb))
+        return frozenset(out)
 
     def unsplit(self) -> dict[int, list[str]]:
         """Units with a W of their own in which nothing can wait for it, and their parameters; known after a step."""

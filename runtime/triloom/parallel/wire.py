@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +147,12 @@ class Wire:
     def held(self) -> int:
         """Bytes under way that nobody else holds."""
         return sum(alone for _, _, alone in self._outbox)
+
+    def expected(self) -> Iterator[Any]:
+        """Keys of what is on its way here, or has come and was not taken."""
+        for box in self._inboxes.values():
+            yield from box.posted
+            yield from (key for key, _ in box.waiting)
 
     def expect(self, key: Any, peer: int, known: list[TensorMeta] | None, late: Callable[[], list[TensorMeta]]) -> None:
         """Post the receive of ``key`` if its shapes are known; else ``late()`` gives them when it is taken."""

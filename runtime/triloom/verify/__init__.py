@@ -18,6 +18,7 @@ from ..passes import StateLayout
 from ..placement import Placement
 from .facts import read
 from .footprint import Collective, Footprint, Groups, inside, state_footprint, state_groups
+from .held import Held, held
 from .peak import StageBytes, in_flight, peak_bytes
 from .rules import RULES
 from .run import run
@@ -27,8 +28,10 @@ __all__ = [
     "Collective",
     "Footprint",
     "Groups",
+    "Held",
     "StageBytes",
     "Verdict",
+    "held",
     "inside",
     "state_footprint",
     "state_groups",
