@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import __version__
 from .commands.bench import run_bench
+from .commands.checkpoint import run_checkpoint
 from .commands.doctor import run_doctor
 from .commands.schedule import run_schedule
 from .commands.timeline import run_timeline
@@ -25,6 +26,7 @@ triloom trains one model on many ranks: tensor, pipeline and data parallelism un
   triloom data inspect PATH ...   what a text or a token file holds; tokenize it; see triloom data --help
   triloom timeline RUN            draw a measured step under its simulation; see triloom timeline --help
   triloom verify ...              train a few steps on a mesh and on one rank, and compare; see triloom verify --help
+  triloom checkpoint ...          look at checkpoints and verify them; see triloom checkpoint --help
   triloom doctor [FOLDER]         what this machine offers and lacks; under mpirun, how the ranks talk
   triloom demo [--dir FOLDER]     train a small transformer on 4 ranks in two ways, and compare (2 minutes)
   triloom bench [NAME ...]        measure against peers, e.g. bench comm; see triloom bench --help
@@ -64,8 +66,6 @@ class TrainOptions:
     """Options of ``triloom train`` that are not keys of the configuration."""
 
     config: str | None = None
-    resume: str | None = None
-    """What --resume named; empty: nothing."""
     dry_run: bool = False
     ranks: int | None = None
     words: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ def read_options(words: Sequence[str]) -> TrainOptions:
             overrides.append(word)
     if resume is not None:
         overrides.append(f"--run.resume={resume or 'auto'}")
-    return TrainOptions(config or _config_of(resume), resume, dry_run, ranks, tuple(overrides))
+    return TrainOptions(config or _config_of(resume), dry_run, ranks, tuple(overrides))
 
 
 def _config_of(resume: str | None) -> str | None:
@@ -234,6 +234,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "schedule": run_schedule,
     "timeline": run_timeline,
     "verify": run_verify,
+    "data": run_data,
+    "checkpoint": run_checkpoint,
     "doctor": run_doctor,
     "demo": run_demo,
     "bench": run_bench,
