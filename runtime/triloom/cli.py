@@ -234,7 +234,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "schedule": run_schedule,
     "timeline": run_timeline,
     "verify": run_verify,
-    "data": run_data,
     "checkpoint": run_checkpoint,
     "doctor": run_doctor,
     "demo": run_demo,
