@@ -35,6 +35,14 @@ BENCHES: dict[str, Bench] = {
     "dp": Bench("dp=2, placements zero0 and zero1, against torch DDP", (step("dp"),)),
     "tp": Bench("tp=2 against torch.distributed.tensor", (step("tp"),)),
     "pp": Bench("pp=2, 1F1B with 8 microbatches, against torch.distributed.pipelining", (step("pp"),)),
+    "schedules": Bench(
+        "pp=2, six schedules with 8 microbatches, against those of torch.distributed.pipelining", (step("schedules"),)
+    ),
+    "makespan": Bench("measured steps of a pipeline over simulated ones", (Launch(2, "makespan"),)),
+    "search": Bench(
+        "the simulator's speed, and automatic schedules against their bound",
+        (Launch(1, "schedules", structured=False, rounds=False),),
+    ),
     "zero": Bench("ZeRO-1 on dp=2 against DeepSpeed", (step("zero"),)),
     "memory": Bench("peak memory of every rank, each contender alone", memory()),
     "adamw": Bench("the optimizer's update against torch's fused AdamW", (Launch(1, "adamw", structured=False),)),

@@ -12,7 +12,7 @@ layers, 8 heads, 512 wide, sequence 256, batch 8, vocabulary 256. Before anythin
 the first steps must agree, or the bench refuses to report. The two ends of a tp peer may be replicated or
 split over the vocabulary; the faster form counts.
 
-Run: ``python -m triloom_bench one dp tp pp zero memory`` (starts mpirun itself), or one launch by hand:
+Run: ``python -m triloom_bench one dp tp pp schedules zero memory`` (starts mpirun itself), or one launch by hand:
 ``mpirun -n 2 python -m triloom_bench.step dp --size small large [--rounds 9] [--json FILE]``. With
 ``--alone CONTENDER`` one side runs by itself and the peak memory of each rank is reported instead.
 """
@@ -35,16 +35,31 @@ from triloom.models import decoder, gpt2
 from triloom.optim import AdamW
 from triloom.parallel.executor import Recorder
 from triloom.placement import NAMED
+from triloom.shards import split_even
 
 from . import harness
 from .harness import Pair, Result
 from .peers import gloo
-from .work import BETAS, CLIP, DECAY, EPS, LR, SIZES, Absent, Build, Setting, Size, State, Step, make_batches
+from .work import (
+    BETAS,
+    CLIP,
+    DECAY,
+    EPS,
+    LR,
+    MICROBATCHES,
+    SIZES,
+    Absent,
+    Build,
+    Setting,
+    Size,
+    State,
+    Step,
+    make_batches,
+)
 
 CHECKED_STEPS = 4
 RTOL = 1e-4
 """Of the losses of the first steps: fp32 summed in other orders, for a few steps."""
-MICROBATCHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +71,9 @@ class Ours:
     placement: str = "zero1"
     microbatches: int = 1
     sequence: bool = False
+    schedule: str = "1f1b"
+    chunks: int = 1
+    """Stages a rank under this schedule."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,11 @@ def both(*some: dict[str, tuple[Pair, ...]]) -> dict[str, tuple[Pair, ...]]:
     return {size: tuple(p for one in some for p in one[size]) for size in SIZES}
 
 
+OURS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb_h1": 1, "zb_v": 2, "auto": 1}
+"""Schedules of ours, and how many stages a rank has under each."""
+THEIRS = {
+    "GPipe": "gpipe", "1F1B": "one_f_one_b", "interleaved": "interleaved", "zero bubble": "zero_bubble", "ZBV": "zbv",
+}  # fmt: skip
 TP_PEERS = ("torch tp", "torch tp, vocab-parallel")
 CASES: dict[str, Case] = {
     "one": Case({"triloom": Ours()}, {"torch": "plain:build"}, pairs("triloom", ("torch",), 0.97, 0.97)),
@@ -92,8 +115,22 @@ CASES: dict[str, Case] = {
     ),
     "pp": Case(
         {"triloom 1f1b": Ours(pp=2, microbatches=MICROBATCHES)},
-        {"torch 1F1B": "pipeline:build"},
+        {"torch 1F1B": "pipeline:one_f_one_b"},
         pairs("triloom 1f1b", ("torch 1F1B",), 1.25, 1.12),
+        pipeline=True,
+    ),
+    "schedules": Case(
+        {f"triloom {name}": Ours(pp=2, microbatches=MICROBATCHES, schedule=name, chunks=n) for name, n in OURS.items()},
+        {f"torch {name}": f"pipeline:{path}" for name, path in THEIRS.items()},
+        both(
+            pairs("triloom gpipe", ("torch GPipe",), 1.0, 1.0),
+            pairs("triloom 1f1b", ("torch 1F1B",), 1.0, 1.0),
+            pairs("triloom interleaved", ("torch interleaved",), 1.0, 1.0),
+            pairs("triloom zb_v", ("torch ZBV",), 1.0, 1.0),
+            pairs("triloom auto", tuple(f"torch {name}" for name in THEIRS), 1.0, 1.0),
+            pairs("triloom zb_h1", ("triloom 1f1b",), None, None),
+            pairs("triloom auto", ("triloom 1f1b",), None, None),
+        ),
         pipeline=True,
     ),
     "zero": Case(
@@ -112,6 +149,8 @@ def engine_of(size: Size, world: World, ours: Ours, record: Recorder | None = No
         ties=model.ties,
         world=world.group,
         mesh=make_mesh(world.size, pp=ours.pp, tp=ours.tp),
+        schedule=ours.schedule,
+        stages=stage_sizes(size, ours.pp * ours.chunks),
         microbatches=ours.microbatches,
         placement=NAMED[ours.placement](),
         sequence_parallel=ours.sequence,
@@ -119,6 +158,14 @@ def engine_of(size: Size, world: World, ours: Ours, record: Recorder | None = No
         clip=CLIP,
         record=record,
     )
+
+
+def stage_sizes(size: Size, stages: int) -> list[int]:
+    """Blocks dealt evenly, the embedding to the first and the head to the last: as the peer's."""
+    sizes = [b - a for a, b in split_even(size.layers, stages)]
+    sizes[0] += 1
+    sizes[-1] += 1
+    return sizes
 
 
 def step_of(engine: Engine, setting: Setting) -> Step:

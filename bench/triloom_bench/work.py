@@ -13,6 +13,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 State = dict[str, torch.Tensor]
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
+MICROBATCHES = 8
+"""Of pipelines."""
 
 
 @dataclass(frozen=True)
