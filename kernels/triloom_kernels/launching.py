@@ -84,9 +84,11 @@ def launch(
 ) -> None:
     """``kernel[grid](*arguments, **options)`` on the device of the first tensor among the arguments.
 
+    Multiplications and additions fuse unless ``enable_fp_fusion=False`` (Triton's own default changes between versions).
     On tensors without memory (meta, fake) nothing is computed, as everywhere in torch; a :func:`recording` notes what
     is launched on meta. An empty grid launches nothing. Costs about a microsecond beyond Triton's own launch.
     """
+    options.setdefault("enable_fp_fusion", True)
     first = next(a for a in arguments if isinstance(a, torch.Tensor))
     device = first.device
     if first.untyped_storage().device.type == "meta":

@@ -19,7 +19,7 @@ from .geglu import geglu
 from .gelu import bias_gelu, gelu
 from .layer_norm import layer_norm, layer_norm_residual
 from .rms_norm import rms_norm, rms_norm_residual
-from .rope import split_rotate
+from .rope import split_rotate, split_rotate_computed
 from .swiglu import swiglu
 
 Function = Callable[..., Any]
@@ -35,6 +35,7 @@ EAGER: Mapping[str, Function] = {
     "rms_norm": rms_norm,
     "rms_norm_residual": rms_norm_residual,
     "split_rotate": split_rotate,
+    "split_rotate_computed": split_rotate_computed,
     "swiglu": swiglu,
 }
 """In torch operations: any device, the references of the others. Their modules do not import Triton."""
@@ -49,6 +50,8 @@ TRITON: Mapping[str, str] = {
     "layer_norm_residual": "normalising.layer_norm_residual",
     "rms_norm": "normalising.rms_norm",
     "rms_norm_residual": "normalising.rms_norm_residual",
+    "split_rotate": "turning.split_rotate",
+    "split_rotate_computed": "turning.split_rotate_computed",
     "swiglu": "gated.swiglu",
 }
 """Kernels; same arguments and results as the eager function. Module and name: imported, and Triton with them, when

@@ -8,10 +8,11 @@ from typing import Any
 from triloom_kernels.cubins import resources
 from triloom_kernels.launching import recording
 
-from . import activations, attention, dropouts, norms
+from . import activations, dropouts, norms, ropes
 from .common import CubinCase
 
-CASES: Mapping[str, CubinCase] = {**norms.CUBINS, **activations.CUBINS, **attention.CUBINS, **dropouts.CUBINS}
+MODULES = (activations, dropouts, norms, ropes)
+CASES: Mapping[str, CubinCase] = {name: case for module in MODULES for name, case in module.CUBINS.items()}
 
 BEYOND = 4
 """An entry without a bound is compiled for sizes this many times the bounds of the entry before it."""
