@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,21 +74,27 @@ class Staging:
             self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
             self.tensor.zero_()
             if device.type == "cuda":
-                _check_cuda(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, 0))
+                _pin(self.tensor)
                 self._pinned = True
         return self.tensor
 
     def close(self) -> None:
         """Give the memory back."""
         if self._pinned:
-            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr()))
+            _unpin(self.tensor)
             self._pinned = False
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self._map = None  # freed with its last view
 
 
-def _check_cuda(code: object) -> None:
-    torch.cuda.check_error(int(code))  # type: ignore[arg-type]  # an enum of the runtime
+def _pin(tensor: torch.Tensor) -> None:
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+
+
+def _unpin(tensor: torch.Tensor) -> None:
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(runtime.cudaHostUnregister(tensor.data_ptr()))
 
 
 def copy_in(target: torch.Tensor, pieces: Sequence[tuple[int, torch.Tensor]]) -> None:

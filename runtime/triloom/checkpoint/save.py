@@ -161,9 +161,8 @@ class Saving:
 
     def _prepare(self) -> Path:
         """Make the temporary folder, see that it can hold everything, and that every rank sees it."""
-        name = f"{self.folder.name}{TEMPORARY}{secrets.token_hex(4)}"
-        name = broadcast_object(self._world, name)
-        temporary = self.folder.parent / name
+        suffix = broadcast_object(self._world, secrets.token_hex(4))
+        temporary = self.folder.with_name(f"{self.folder.name}{TEMPORARY}{suffix}")
         needed = sum(gather_objects(self._world, self._layout.nbytes))
 
         def make() -> None:
