@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -179,6 +181,31 @@ def test_who_is_late_and_what_it_is_at() -> None:
         assert 0.1 < time.monotonic() - begin < 1.0
         assert ends[0].channel.late(op, -1, False) == [2]
         assert [(kind, text.rstrip(b"\0")) for kind, text in ends[0].channel.unexpected(2)] == [(1, b"a send")]
+
+
+def test_a_process_that_ended_is_told_from_one_that_is_late() -> None:
+    """Rank 1 is a process that never comes: a wait runs out while it lives, and ends at once when it has ended."""
+    layout = (2, *TINY)
+    bells, fd = os.memfd_create("bells"), os.memfd_create("segment")
+    os.ftruncate(bells, _C.ShmEngine.bells_bytes(2))
+    os.ftruncate(fd, _C.ShmChannel.total_bytes(layout))
+    other = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    engine = _C.ShmEngine(bells, 0, [os.getpid(), other.pid], 0.0)
+    end = Rank(0, engine, _C.ShmChannel(engine, fd, layout, 0, [0, 1], True))
+    x = torch.ones(5000)
+    op = end.channel.collective(end.op("all_reduce", x, x))
+    assert engine.wait(op, 0.2) == 0 and engine.ended_processes() == []
+    threading.Timer(0.2, other.kill).start()
+    begin = time.monotonic()
+    assert engine.wait(op, 30) == 2
+    assert time.monotonic() - begin < 10
+    assert engine.ended_processes() == [1] == end.channel.late(op, -1, False)
+    assert x.eq(1).all()
+    end.channel.close()
+    engine.stop()
+    other.wait()
+    os.close(bells)
+    os.close(fd)
 
 
 def test_nothing_is_touched_after_close() -> None:

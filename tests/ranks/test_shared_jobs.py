@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -160,3 +162,50 @@ def test_two_jobs_side_by_side() -> None:
             assert len(ranks) == 2 and not names, "MPI's files have names while the job works"
             assert each.running.stdout is not None and each.running.stdout.read().split() == ["done", "done"]
             assert each.running.wait(timeout=60) == 0
+
+
+LOSES_ONE = """
+import os, time, torch, triloom
+from triloom.errors import GroupError
+world = triloom.init(threads=1, deadline=60, hooks=False)
+group = world.group
+assert group.transport == "shared memory" and world.launcher == "torch-env"
+sub = group.split([[1, 0]], "backwards")
+group.barrier().wait()
+if world.rank == 1:
+    os.kill(os.getpid(), 9)
+begin = time.monotonic()
+for of, call in ((group, lambda: group.all_reduce(torch.ones(1 << 20))), (sub, lambda: sub.recv(torch.ones(5), 0))):
+    for _ in range(2):
+        try:
+            call().wait()
+        except GroupError as error:
+            print(error, flush=True)
+print(time.monotonic() - begin, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_lost_rank_is_named_at_once() -> None:
+    """Nobody started these ranks who would end the one that is left."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", LOSES_ONE]
+    ranks = [
+        subprocess.Popen(command, env={**env, "RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(2)
+    ]
+    try:
+        out, _ = ranks[0].communicate(timeout=90)
+        assert ranks[1].wait(timeout=10) == -signal.SIGKILL
+    finally:
+        for rank in ranks:
+            rank.kill()
+    *errors, seconds = out.splitlines()
+    first, again, second, _ = errors
+    assert re.search(r"all_reduce float32\[1048576\] sum #\d+ on group 'world': the process of rank 1 has ended$", first)
+    assert "an earlier operation failed: rank 0: all_reduce" in again
+    assert "recv from rank 0: transfer float32[5] #0 on group 'backwards'" in second
+    assert second.endswith("the process of rank 0 (world 1) has ended")
+    assert float(seconds) < 20
