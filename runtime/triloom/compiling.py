@@ -22,7 +22,7 @@ def state_layout(stages: Sequence[range], state: ShardedState, pp: Group) -> Sta
     rows = gather_objects(pp, [astuple(info) for info in state.infos()])
     return StateLayout(
         tuple(tuple(run) for run in stages),
-        tuple(tuple(BucketInfo(k, tuple(u), tuple(t)) for k, u, t in row) for row in rows),
+        tuple(tuple(BucketInfo(k, tuple(u), tuple(t), stays) for k, u, t, stays in row) for row in rows),
     )
 
 

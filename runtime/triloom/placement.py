@@ -61,6 +61,9 @@ class Placement:
     """Sharded parameters are gathered this many computes before their use."""
     keep: bool = False
     """Sharded parameters stay whole from their first use of a step to their last."""
+    persist: int = 0
+    """Sharded parameters of fewer elements than this stay whole from step to step, in buckets of their own. None by
+    default: a bucket gathers all parameters of a unit in one call, so the small ones in it cost no call of their own."""
     shard_ranks: int | None = None
     """State is sharded inside neighbouring dp ranks of this number and replicated across them (hybrid sharding,
     PyTorch FSDP, arXiv 2304.11277, section 3.2.2); divides dp; None: over all of dp. Sums in two stages, so
@@ -99,6 +102,10 @@ class Placement:
             raise ConfigError(f"cadence {self.cadence!r} is not one of {', '.join(CADENCES)}")
         if not isinstance(self.prefetch, int) or self.prefetch < 0:
             raise ConfigError(f"prefetch must be a whole number of computes, 0 or more, got {self.prefetch!r}")
+        if not isinstance(self.persist, int) or self.persist < 0:
+            raise ConfigError(f"persist must be a number of elements, 0 or more, got {self.persist!r}")
+        if self.persist and not self.params.sharded:
+            raise ConfigError(f"persist = {self.persist} is of sharded parameters: use zero3(), or leave it out")
         if self.grads.sharded and not self.optimizer.sharded:
             raise ConfigError("sharded gradients need a sharded optimizer: use zero2(), or shard both")
         if self.params.sharded and not self.grads.sharded:

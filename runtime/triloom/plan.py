@@ -108,6 +108,9 @@ def make_placement(p: PlacementConfig) -> Placement:
     return row.with_(
         bucket_bytes=int(p.bucket_mb * MIB),
         grads=replace(row.grads, dtype=p.grad_dtype),
+        optimizer=replace(row.optimizer, dtype=p.state_dtype),
+        rounding=p.rounding,
+        persist=p.persist,
         cadence=p.cadence or row.cadence,
         prefetch=p.prefetch,
         keep=p.keep,

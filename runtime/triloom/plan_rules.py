@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from .actions import Program
 from .config import Config
-from .config.schema import AUTO, OPTIMIZER_KEYS, OPTIMIZERS, WHOLE_TENSORS, DataConfig, ModelConfig, PlacementConfig
+from .config.schema import AUTO, OPTIMIZER_KEYS, OPTIMIZERS, DataConfig, ModelConfig, PlacementConfig
 from .config.show import plain
 from .errors import MeshError
 from .mesh import Mesh, check_divides
@@ -141,10 +141,25 @@ def _budget(c: Config) -> str | None:
 
 def _gathers(c: Config) -> str | None:
     p, unused = c.placement, PlacementConfig()
-    given = [f"placement.{n}" for n in ("prefetch", "keep") if getattr(p, n) != getattr(unused, n)]
+    given = [f"placement.{n}" for n in ("prefetch", "keep", "persist") if getattr(p, n) != getattr(unused, n)]
     if PLACEMENTS[p.name]().params.sharded or not given:
         return None
     return f"parameters that are whole are not gathered; leave out {' and '.join(given)}, or use zero3"
+
+
+def _rounding(c: Config) -> str | None:
+    if c.placement.rounding == "master" or c.train.dtype == "bfloat16":
+        return None
+    return f"{c.placement.rounding} rounding is for bfloat16 parameters; leave it out, or set train.dtype to bfloat16"
+
+
+def _states(c: Config) -> str | None:
+    wanted = c.placement.state_dtype
+    if wanted is not None and c.optim.kind == "adamw8bit":
+        return "the states of adamw8bit are in 8 bits already; leave it out"
+    if wanted == "bfloat16" and c.train.dtype == "float64":
+        return "only fp32 arithmetic is rounded to bfloat16; leave it out, or train in another dtype"
+    return None
 
 
 RULES: tuple[tuple[Keys, Callable[[Config], str | None]], ...] = (
@@ -164,7 +179,9 @@ RULES: tuple[tuple[Keys, Callable[[Config], str | None]], ...] = (
     (("schedule.stages", "schedule.balance"), _layout),
     (("parallel.tp", "parallel.sequence", "model.seq"), _sequence),
     (("placement.activations", "placement.activation_mb"), _budget),
-    (("placement.name", "placement.prefetch", "placement.keep"), _gathers),
+    (("placement.name", "placement.prefetch", "placement.keep", "placement.persist"), _gathers),
+    (("placement.rounding", "train.dtype"), _rounding),
+    (("placement.state_dtype", "train.dtype", "optim.kind"), _states),
 )
 """The keys a rule is about, and the rule: a sentence if it is broken."""
 
@@ -219,12 +236,6 @@ def _file(c: Config, mesh: Mesh, order: Program) -> str | None:
     return f"the program is for {' and '.join(wrong)}" if wrong else None
 
 
-def _whole_tensors(c: Config, mesh: Mesh, order: Program) -> str | None:
-    if c.optim.kind in WHOLE_TENSORS and mesh.axis("tp") > 1:
-        return f"{c.optim.kind} updates whole matrices, and tp splits them; use tp=1, or another optim.kind"
-    return None
-
-
 MESH_RULES: tuple[tuple[Keys, Callable[[Config, Mesh, Program], str | None]], ...] = (
     (("train.batch", "parallel.dp"), _share),
     (("parallel.dp", "placement.shard_ranks"), _shard_ranks),
@@ -232,7 +243,6 @@ MESH_RULES: tuple[tuple[Keys, Callable[[Config, Mesh, Program], str | None]], ..
     (("model.heads", "model.kv_heads", "model.ffn", "parallel.tp"), _tp),
     (("model.layers", "parallel.pp", "schedule.kind", "schedule.file", "schedule.stages"), _stages),
     (("schedule.file", "parallel.pp", "schedule.microbatches"), _file),
-    (("optim.kind", "parallel.tp"), _whole_tensors),
 )
 
 

@@ -45,7 +45,7 @@ from .together import agree_on, together
 from .tokenising import cache_folder, tokenise_here, tokenise_together
 from .topology import describe_placement
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 from ..errors import ConfigError
 from ..mesh import DEFAULT_ORDER
-from ..placement import ACTIVATIONS, CADENCES, REDUCTIONS
+from ..placement import ACTIVATIONS, CADENCES, REDUCTIONS, ROUNDINGS
 from ..placement import NAMED as PLACEMENTS
 from ..schedules import NAMED as SCHEDULES
 from .rules import Rule, above, at_least, between, check, each, kind_of, one_of
@@ -34,8 +34,6 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
 }
 """Kind of optimizer -> the keys of [optim] that only some have, and what ``none`` stands for there."""
 OPTIMIZER_KEYS = ("betas", "eps", "momentum", "nesterov")
-WHOLE_TENSORS = ("muon", "adafactor")
-"""Kinds that update whole matrices."""
 
 _AXES_ONCE = Rule(f"{', '.join(DEFAULT_ORDER)} once each, in any order", lambda v: sorted(v) == sorted(DEFAULT_ORDER))
 
@@ -181,6 +179,14 @@ class PlacementConfig(Section):
     """Keep gathered parameters whole from their first use of a step to their last."""
     grad_dtype: Annotated[str | None, one_of(DTYPES)] = None
     """Type in which gradients are accumulated and reduced; none: float32, or float64 for float64 models."""
+    state_dtype: Annotated[str | None, one_of(("bfloat16",))] = None
+    """Type in which the optimizer keeps its averages; bfloat16 is rounded by chance, which changes the result; none:
+    that of its arithmetic, float32, or float64 for float64 models."""
+    rounding: Annotated[str, one_of(ROUNDINGS)] = "master"
+    """How updates get into 16-bit parameters. master: there is a float32 copy of them. Without one, for bfloat16 and
+    with another result: stochastic rounds by chance, kahan keeps what was rounded off in a second bfloat16."""
+    persist: Annotated[int, at_least(0)] = 0
+    """Parameters of fewer elements than this stay whole where zero3 shards the others."""
     reduction: Annotated[str, one_of(REDUCTIONS)] = "exact"
     """How gradients travel over dp. bfloat16: rounded. int8: in 8 bits, a scale for every 64. topk: the largest 5%, the
     rest is added in later steps. All but exact change the result."""
@@ -240,8 +246,8 @@ class TrainConfig(Section):
     """Samples per step over all ranks; a multiple of dp."""
     seed: int = 0
     """Seed of initial weights and dropout; draws depend on it, not on the mesh."""
-    dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    """Type of parameters and activations."""
+    dtype: Annotated[str, one_of((*DTYPES, "float16"))] = "float32"
+    """Type of parameters and activations; the loss of float16 is scaled, by as much as its gradients allow."""
     log_every: Annotated[int, at_least(1)] = 10
     """Steps between lines of progress where the output is not a terminal."""
     eval_every: Annotated[int, at_least(0)] = 0

@@ -66,18 +66,21 @@ class Residency:
     """Reduced after each microbatch and folded into a shard."""
     optimizer: bool
     """STEP updates this rank's shard only."""
+    stays: bool = False
+    """Exempt from the sharding of parameters."""
     grad_dtype: str | None = None
     """Of gradients, accumulated and reduced; None: that of the master."""
 
 
-def residency(placement: Placement, *, tied: bool, dp: int) -> Residency:
+def residency(placement: Placement, *, tied: bool, stays: bool, dp: int) -> Residency:
     """With one dp rank the shard is the whole, and nothing is gathered or given back."""
     many = dp > 1
     return Residency(
-        params=placement.params.sharded and many,
+        params=placement.params.sharded and many and not stays,
         grads=placement.grads.sharded and many and not tied,
         each=placement.cadence == "microbatch" and not tied,
         optimizer=placement.optimizer.sharded,
+        stays=stays,
         grad_dtype=placement.grads.dtype,
     )
 

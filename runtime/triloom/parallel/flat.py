@@ -95,10 +95,13 @@ class Entry:
     size: int | None = None
     """What counts where buckets are cut and tensors dealt, the same on every tp rank; None: the elements here."""
 
+    stays: bool = False
+    """Stays whole where others are sharded."""
+
     @property
-    def kind(self) -> tuple[str, bool]:
+    def kind(self) -> tuple[str, bool, bool]:
         """Parameters share a bucket only with their like: tied ones are reduced at another time."""
-        return self.dtype, self.tied
+        return self.dtype, self.tied, self.stays
 
     @property
     def numel(self) -> int:

@@ -13,7 +13,7 @@ from ..errors import TriloomError
 _T = torch.Tensor
 METADATA = frozenset(
     {_T.size, _T.dim, _T.numel, _T.nelement, _T.stride, _T.element_size, _T.is_floating_point, _T.untyped_storage}
-    | {_T.requires_grad_, _T.requires_grad.__set__}
+    | {_T.requires_grad_, getattr(_T, "requires_grad").__set__}  # noqa: B009  (mypy takes it for a bool)
     | {
         getattr(_T, name).__get__
         for name in ("shape", "dtype", "device", "requires_grad", "ndim", "is_leaf", "grad", "grad_fn", "layout")

@@ -142,7 +142,7 @@ class ShardedState:
             names = [s.name for s in b.bucket.slots]
             units = {u for name in names for u in self._units_of[name]}
             ties = {t.index for name in names if (t := self.params[name].tie) is not None}
-            out.append(BucketInfo(b.bucket.index, tuple(sorted(units)), tuple(sorted(ties))))
+            out.append(BucketInfo(b.bucket.index, tuple(sorted(units)), tuple(sorted(ties)), b.residency.stays))
         return tuple(out)
 
     def _entry(self, p: LocalParam) -> Entry:
@@ -154,6 +154,7 @@ class ShardedState:
             rules.append(rule)
         if treatment not in treatments:
             treatments.append(treatment)
+        numel = math.prod(p.spec.global_shape)
         parts = self.tp.size if p.spec.dim is not None else 1
         return Entry(
             name=p.name,
@@ -164,14 +165,15 @@ class ShardedState:
             rule=rules.index(rule),
             whole=rule.reach is None,
             treatment=treatments.index(treatment),
-            size=-(-math.prod(p.spec.global_shape) // parts),
+            size=-(-numel // parts),
+            stays=self._placement.params.sharded and numel < self._placement.persist,
         )
 
     def _allocate(self, run: Sequence[Entry]) -> None:
         bucket = make_bucket(0, run, self.dp.size)
         state = allocate(
             bucket,
-            residency(self._placement, tied=run[0].tied, dp=self.dp.size),
+            residency(self._placement, tied=run[0].tied, stays=run[0].stays, dp=self.dp.size),
             rank=self.dp.rank,
             dp=self.dp.size,
             known=self.known,

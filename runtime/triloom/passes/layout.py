@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..actions import Action, Program
 from ..errors import ProgramError
+from ..placement import Placement
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,12 @@ class BucketInfo:
     """Global numbers of the units whose backward adds to a gradient in the bucket."""
     tied: tuple[int, ...] = ()
     """Global numbers of the ties that have a member in the bucket."""
+    stays: bool = False
+    """Its parameters stay whole, though the placement shards others."""
+
+    def sharded(self, placement: Placement) -> bool:
+        """Whether its parameters are whole only around their use."""
+        return placement.params.sharded and not self.stays
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ def add_residency(row: Sequence[Action], coord: int, layout: StateLayout, *, pre
     for slot, i in enumerate(computes):
         if row[i].op in NEEDS_PARAMS:
             for b in layout.touched(coord, row[i]):
-                uses[b.index].append(slot)
+                if not b.stays:
+                    uses[b.index].append(slot)
     gather: Mapping[int, list[int]] = defaultdict(list)
     free: Mapping[int, list[int]] = defaultdict(list)
     for bucket, slots in uses.items():

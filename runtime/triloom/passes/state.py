@@ -12,9 +12,9 @@ from .lowering import WEIGHT_GRADIENT, last_weight_gradients, lower
 from .resident import add_residency
 
 
-def gathers_params(placement: Placement) -> bool:
+def gathers_params(placement: Placement, bucket: BucketInfo) -> bool:
     """Whether STEP updates only a shard of parameters that are otherwise whole, so that they must be gathered."""
-    return placement.optimizer.sharded and not placement.params.sharded
+    return placement.optimizer.sharded and not bucket.sharded(placement)
 
 
 def add_state(program: Program, layout: StateLayout, placement: Placement, *, clip: bool = True) -> Program:
@@ -155,5 +155,5 @@ def _update(buckets: Sequence[BucketInfo], placement: Placement, clip: bool) -> 
     for b in buckets:
         subject = Subject("params", b.index)
         out.append(Action("STEP", subject))
-        out += [Action("UNSHARD", subject)] if gathers_params(placement) else []
+        out += [Action("UNSHARD", subject)] if gathers_params(placement, b) else []
     return out

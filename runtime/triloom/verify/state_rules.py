@@ -85,7 +85,7 @@ def _check_bucket(facts: Facts, rank: int, bucket: BucketInfo, clip: bool, place
     chain.append(_need(facts, rank, "STEP", params))
     frees = facts.state.get((rank, "RESHARD", params, None))
     gathers = [] if frees else facts.state.get((rank, "UNSHARD", params, None), [])
-    if placement is not None and gathers_params(placement):
+    if placement is not None and gathers_params(placement, bucket):
         gathers = [_need(facts, rank, "UNSHARD", params)]
     elif placement is not None and gathers:
         why = f"{at(program, (rank, gathers[0]))}: placement {placement.name!r} leaves nothing to gather"
@@ -120,8 +120,10 @@ def _check_residency(facts: Facts, rank: int, bucket: BucketInfo, placement: Pla
         subject = Subject(kind, bucket.index)
         freed = any(op == "RESHARD" and r == rank and s == subject for r, op, s, _ in facts.state)
         made = any(op == "UNSHARD" and r == rank and s == subject for r, op, s, _ in facts.state)
-        state = {"params": placement.params, "grads": placement.grads}[kind] if placement else None
-        sharded = (state.sharded and not (kind == "grads" and bucket.tied)) if state else (made and freed)
+        if placement is None:
+            sharded = made and freed
+        else:
+            sharded = bucket.sharded(placement) if kind == "params" else placement.grads.sharded and not bucket.tied
         if not sharded:
             continue
         whole = False
