@@ -13,8 +13,9 @@ import torch
 import parity_cases as parity
 from triloom.checkpoint import read_manifest, read_tensor
 from triloom.checkpoint.content import OWN
-from triloom.engine import Engine
+from triloom.engine import Engine, Metrics
 from triloom.groups.base import Group
+from triloom.groups.solo import Solo as Solo
 from triloom.models import decoder
 from triloom.optim import AdamW, Optimizer, warmup_cosine
 
@@ -40,15 +41,16 @@ class Steps:
     norms: list[str]
 
 
-def steps(engine: Engine, count: int) -> Steps:
+def step(engine: Engine) -> Metrics:
+    """One step on the batch of its number."""
     dp = engine.groups.axis("dp")
-    losses, norms = [], []
-    for _ in range(count):
-        inputs, targets = (t.tensor_split(dp.size)[dp.rank].contiguous() for t in parity.batch(engine.steps))
-        metrics = engine.step(inputs, targets)
-        losses.append(metrics.loss.hex())
-        norms.append(metrics.grad_norm.hex())
-    return Steps(losses, norms)
+    inputs, targets = (t.tensor_split(dp.size)[dp.rank].contiguous() for t in parity.batch(engine.steps))
+    return engine.step(inputs, targets)
+
+
+def steps(engine: Engine, count: int) -> Steps:
+    told = [step(engine) for _ in range(count)]
+    return Steps([m.loss.hex() for m in told], [m.grad_norm.hex() for m in told])
 
 
 def canonical(folder: Path, *, own: bool = False) -> dict[str, str]:

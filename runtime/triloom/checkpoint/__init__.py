@@ -13,10 +13,10 @@ Three lines around a loop of one's own::
 ``verify`` look at one without an engine.
 """
 
-from .load import Restored, load
+from .loading import Restored, load
 from .manifest import Manifest, Tensor
 from .read import read_manifest, read_tensor, verify
-from .save import save
+from .saving import save
 from .series import Checkpoints, found, path_of
 
 __all__ = [

@@ -224,7 +224,7 @@ def _parse_piece(p: Mapping[str, Any]) -> Stored:
 
 
 def merge(parts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, File], dict[str, Tensor]]:
-    """Files and tensors of all ranks, from what each says of its own (as JSON: see ``save.report``). A piece that two
+    """Files and tensors of all ranks, from what each says of its own (as JSON: see ``saving``). A piece that two
     ranks wrote counts once. Raises CheckpointError if a tensor is not complete or ranks disagree on its shape."""
     files: dict[str, File] = {}
     found: dict[str, tuple[str, tuple[int, ...], dict[Part, Stored]]] = {}

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, ConfigError
 from ..groups.objects import broadcast_object
 from .disk import Staging
-from .load import Restored, load
-from .save import TEMPORARY, Saving
+from .loading import Restored, load
+from .saving import TEMPORARY, Saving
 
 if TYPE_CHECKING:
     from ..engine import Engine, Metrics
