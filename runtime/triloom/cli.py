@@ -24,6 +24,7 @@ triloom trains one model on many ranks: tensor, pipeline and data parallelism un
   mpirun -n 4 triloom train [--config run.toml] [--parallel.tp 2 ...]   train; see triloom train --help
   triloom schedule NAME --stages 8 --micro 32 ...   draw a pipeline schedule; see triloom schedule --help
   triloom data inspect PATH ...   what a text or a token file holds; tokenize it; see triloom data --help
+  triloom data inspect PATH ...   what a text or a file of tokens holds; tokenize it; see triloom data --help
   triloom timeline RUN            draw a measured step under its simulation; see triloom timeline --help
   triloom verify ...              train a few steps on a mesh and on one rank, and compare; see triloom verify --help
   triloom checkpoint ...          look at checkpoints and verify them; see triloom checkpoint --help
@@ -34,7 +35,7 @@ triloom trains one model on many ranks: tensor, pipeline and data parallelism un
 """
 
 TRAIN_USAGE = """\
-triloom train: train a decoder on bytes of text.
+triloom train: train a decoder on text or tokens.
 
   mpirun -n 4 triloom train --config run.toml --parallel.tp 2 --train.steps=500
 
@@ -203,6 +204,13 @@ def run_demo(words: Sequence[str]) -> int:
     return OK if demo(folder) else FAILED
 
 
+def run_data(words: Sequence[str]) -> int:
+    """``triloom data``."""
+    from .commands.data import run_data as run
+
+    return run(words)
+
+
 def _print_once(text: str) -> int:
     """Print on rank 0, or without asking where the launcher cannot be told: a text for people needs none."""
     from . import boot
@@ -234,6 +242,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "schedule": run_schedule,
     "timeline": run_timeline,
     "verify": run_verify,
+    "data": run_data,
     "checkpoint": run_checkpoint,
     "doctor": run_doctor,
     "demo": run_demo,

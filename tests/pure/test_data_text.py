@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from triloom import boot
+from triloom.cli import main
 from triloom.config import load
 from triloom.config.schema import DataConfig
 from triloom.data import Data, Tokenised, cut, find, is_long, open_found, text, tokenise, tokenizers
@@ -373,3 +375,52 @@ def test_a_plan_that_cannot_work_is_refused_before_text_is_tokenised(tmp_path: P
     assert not (tmp_path / "tokens").exists()
     prepare(load([], path).config, 2)
     assert (tmp_path / "tokens").is_dir()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_text_tokenised_into_files_trains_like_the_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config_file(tmp_path, WORDS * 60)
+    source, out = tmp_path / "text.txt", tmp_path / "out"
+    assert main(["data", "inspect", str(source), "--seq", "16", "--batch", "4", "--tokenizer", "char"]) == 0
+    said = capsys.readouterr().out
+    windows = (len(WORDS) * 60 - 16) // 16
+    assert f"text, 1 file, {len(WORDS.encode()) * 60:,} bytes" in said and f"ids 0 to {len(set(WORDS)) - 1}; " in said
+    assert f"{windows:,} windows of 16 tokens: {windows / 4:,.1f} steps of 4 an epoch" in said
+    assert main(["data", "tokenize", str(source), "--tokenizer", "bpe", "--vocab", "300", "--out", str(out)]) == 0
+    assert f"--data.path {out / 'tokens.bin'} --data.tokenizer {out / 'tokenizer.json'}" in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == ["tokenizer.json", "tokens.bin"]
+    words = ["--data.path", str(out / "tokens.bin"), "--data.tokenizer", str(out / "tokenizer.json")]
+    written = prepare(load(words, path).config, 1)
+    direct = prepare(load(["--data.tokenizer", "bpe", "--data.vocab", "300"], path).config, 1)
+    assert all(
+        torch.equal(a, b) for a, b in zip(written.data.train.take(0, 9), direct.data.train.take(0, 9), strict=True)
+    )
+    assert written.held_out(0).tokens_per_byte == direct.held_out(0).tokens_per_byte
+    assert main(["data", "inspect", str(out / "tokens.bin"), "--tokenizer", str(out / "tokenizer.json")]) == 0
+    assert "flat file of uint16 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["inspect"], "takes inspect or tokenize and one path, got inspect"),
+        (["show", "x"], "takes inspect or tokenize and one path, got show x"),
+        (["tokenize", "text.txt"], "needs --out FOLDER"),
+        (["tokenize", "ids.bin", "--out", "o"], "ids.bin is tokens already; give text"),
+        (["tokenize", "text.txt", "--out", "full"], "tokens.bin cannot be written: File exists"),
+        (["inspect", "text.txt", "--token_dtype", "uint32"], "no source is a flat token file"),
+    ],
+)
+def test_a_command_about_data_that_cannot_work_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(WORDS)
+    (tmp_path / "ids.bin").write_bytes(b"ab" * 9)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "tokens.bin").write_bytes(b"mine")
+    assert main(["data", *words]) == 2
+    assert says in capsys.readouterr().err
+    assert (tmp_path / "full" / "tokens.bin").read_bytes() == b"mine"

@@ -13,6 +13,7 @@ from harness import launch
 from triloom.boot import World
 from triloom.config import Config, load
 from triloom.data.tokenizers import CHARACTERS, TOKENIZER
+from triloom.groups.objects import gather_objects
 from triloom.runlog import FILES, Result
 from triloom.together import SetupError
 from triloom.train import train
@@ -163,6 +164,19 @@ def test_ranks_with_different_words_are_told_apart(world: World, tmp_path: Path)
     with pytest.raises(SetupError, match=r"disagree on optim.lr: rank 0: 0.001; rank 1: 0.5; start every rank with"):
         train(config, world, out=io.StringIO())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.ranks(2)
+def test_one_rank_tokenises_for_both(world: World, tmp_path: Path) -> None:
+    folder = Path(gather_objects(world.group, str(tmp_path))[0])
+    path = tiny(tmp_path)
+    words = ["--run.dir", str(folder / "run"), "--data.tokenizer", "char", "--data.cache", str(tmp_path / "cache")]
+    if world.rank == 1:  # whoever works must be rank 0, whose folder rank 1 is told to read
+        words[-1] = str(folder / "cache")
+    result = train(load(words, path).config, world, out=io.StringIO())
+    assert result.evaluation is not None and result.evaluation.bits_per_byte is not None
+    assert (folder / "run" / CHARACTERS).exists()
+    assert len(list((folder / "cache").iterdir())) == 2, "the vocabulary and the tokens, and nothing half done"
 
 
 def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
