@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +28,14 @@ from .groups.solo import Solo
 from .measured import measurement
 from .memory import Ledger, Report, largest
 from .mesh import Mesh, make_mesh
+from .metrics import Metrics as Metrics
 from .microbatches import cut_batch, nbytes, signature, to_device
 from .native import Pool
 from .optim import AdamW, Optimizer
 from .parallel import build, views
 from .parallel.accounting import enter, feedback_bytes
 from .parallel.assembly import assemble
+from .parallel.buffers import of_first
 from .parallel.build import UnitLike
 from .parallel.cut import boundary
 from .parallel.executor import Executor, Recorder, StepState
@@ -57,28 +58,6 @@ from .together import together
 from .verify import Verdict
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """What a step reports; the same on every rank."""
-
-    step: int
-    loss: float
-    """Sum of the losses over the global batch divided by their weight."""
-    weight: float
-    """Global loss weight (tokens that counted, or samples)."""
-    grad_norm: float
-    """Norm of the whole gradient before clipping."""
-    lr: float
-    scale: float = 1.0
-    """What the loss was multiplied with for the backward; the norm is that of the true gradient."""
-    skipped: bool = False
-    """The gradient was not finite: no parameter, state or step count changed, on any rank."""
-    note: str = ""
-    """Where the gradient was not finite first."""
-    notices: int = 0
-    """Bits that any rank had for all (``totals.notices``), joined."""
-
-
 class Engine:
     """Trains a list of units on a mesh.
 
@@ -86,7 +65,8 @@ class Engine:
     order, optionally by name. loss: the last unit, ``forward(x, targets) -> (sum, weight)`` with a
     method ``weight(targets)``; ``mean_loss(f)`` makes one of a mean. ties: groups of global parameter
     names (``unit.parameter``) that share one value; one Parameter object used in several units is
-    tied without being named.
+    tied without being named. Buffers (running statistics of batch norms) start as dp rank 0's; then each dp rank's
+    modules change their own, and the model's are those of dp rank 0: evaluations and checkpoints take them.
 
     world: group of all ranks (``triloom.init().group``), a single rank if left out. mesh: how they are
     arranged, all data parallel if left out. schedule: a name of ``schedules.NAMED``, a Schedule, or ``"auto"``
@@ -304,12 +284,14 @@ class Engine:
         return together(self.world, lambda: fit(row, self._layout, coord, largest(everyone), budget))
 
     def evaluate(self, inputs: Any, targets: Any) -> Metrics:
-        """Loss without a gradient or an update; gradient norm and learning rate are 0."""
+        """Loss without a gradient or an update; gradient norm and learning rate are 0. Buffers are dp rank 0's
+        (``parallel.buffers``)."""
         if self._eval_program is None:
             self._eval_program = self._prove(evaluation(self._order, self._layout, self.placement))[0]
         self._mode(training=False)
         state = self._begin(inputs, targets, training=False)
-        self._executor.run(self._actions(self._eval_program), state)
+        with of_first(self.modules.values(), self.groups.axis("dp")):
+            self._executor.run(self._actions(self._eval_program), state)
         self.totals.finish_evaluation(state)
         return Metrics(state.step, state.loss, state.total_weight, 0.0, 0.0)
 

@@ -173,7 +173,8 @@ def shard_groups(dp: Group, shard_ranks: int | None) -> tuple[Group, Group]:
 
 
 def replicate(modules: Mapping[int, nn.Module], params: Sequence[LocalParam], groups: MeshGroups) -> None:
-    """Give replicated parameters and buffers the values of the first dp and tp rank that holds them.
+    """Give replicated parameters and buffers the values of the first dp and tp rank that holds them. Whose the buffers
+    are from then on says :mod:`.buffers`.
 
     Own layers draw the same values everywhere; a user's modules were initialised by each rank's own
     generator. Costs one broadcast of the model at start.
@@ -185,7 +186,7 @@ def replicate(modules: Mapping[int, nn.Module], params: Sequence[LocalParam], gr
                 continue
             data = t.data.contiguous()
             for group in (groups.axis("dp"), *(() if id(t) in sharded else (groups.axis("tp"),))):
-                _broadcast(group, data)
+                broadcast(group, data)
             t.data.copy_(data)
 
 
@@ -194,10 +195,11 @@ def replicate_ties(state: ShardedState, ties: Mapping[int, Group]) -> None:
     tied_params = {p.tie.index: p for p in state.params.values() if p.tie is not None and p.tie.index in ties}
     with state.gathered([p.name for p in tied_params.values()]):
         for index, p in sorted(tied_params.items()):
-            _broadcast(ties[index], p.param.data)
+            broadcast(ties[index], p.param.data)
 
 
-def _broadcast(group: Group, data: torch.Tensor) -> None:
+def broadcast(group: Group, data: torch.Tensor) -> None:
+    """``data`` (contiguous, of any dtype but complex) as the first rank of the group has it."""
     if group.size > 1:
         as_bytes: Any = data.to(torch.int64) if not data.is_floating_point() else data
         group.broadcast(as_bytes, 0).wait()
