@@ -24,7 +24,6 @@ triloom trains one model on many ranks: tensor, pipeline and data parallelism un
   mpirun -n 4 triloom train [--config run.toml] [--parallel.tp 2 ...]   train; see triloom train --help
   triloom schedule NAME --stages 8 --micro 32 ...   draw a pipeline schedule; see triloom schedule --help
   triloom data inspect PATH ...   what a text or a token file holds; tokenize it; see triloom data --help
-  triloom data inspect PATH ...   what a text or a file of tokens holds; tokenize it; see triloom data --help
   triloom timeline RUN            draw a measured step under its simulation; see triloom timeline --help
   triloom verify ...              train a few steps on a mesh and on one rank, and compare; see triloom verify --help
   triloom checkpoint ...          look at checkpoints and verify them; see triloom checkpoint --help
