@@ -84,7 +84,7 @@ def launch(
 ) -> None:
     """``kernel[grid](*arguments, **options)`` on the device of the first tensor among the arguments.
 
-    Multiplications and additions fuse unless ``enable_fp_fusion=False`` (Triton's own default changes between versions).
+    Multiplications and additions fuse unless ``enable_fp_fusion=False`` (Triton's default differs between versions).
     On tensors without memory (meta, fake) nothing is computed, as everywhere in torch; a :func:`recording` notes what
     is launched on meta. An empty grid launches nothing. Costs about a microsecond beyond Triton's own launch.
     """

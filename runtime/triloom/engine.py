@@ -31,6 +31,7 @@ from .mesh import Mesh, make_mesh
 from .metrics import Metrics as Metrics
 from .microbatches import cut_batch, nbytes, signature, to_device
 from .native import Pool
+from .operations import Kernels, operations
 from .optim import AdamW, Optimizer
 from .parallel import build, views
 from .parallel.accounting import enter, feedback_bytes
@@ -77,7 +78,8 @@ class Engine:
     reduction: how gradients are summed over dp (``parallel.reduction``: exactly, or compressed). dtype: of the
     parameters that functions of a Scope make, and of activations; the placement's, or fp32, if left out.
     shapes: what those between stages follow from, those of the ``batch`` or its ``data`` too; then activations travel
-    behind headers, and memory is measured in each step. record: is told when each action ran (``spans.Spans``).
+    behind headers, and memory is measured in each step. kernels: what layers compute with, ``operations()`` if left
+    out. record: is told when each action ran (``spans.Spans``).
 
     Raises ConfigError, MeshError or ProgramError, on every rank, before the first step.
     """
@@ -103,6 +105,7 @@ class Engine:
         seed: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        kernels: Kernels | None = None,
         record: Recorder | None = None,
     ) -> None:
         self.world = world or Solo()
@@ -130,6 +133,7 @@ class Engine:
             device=device or torch.device("cpu"),
             dtype=dtype,
             selective=self.placement.activations == "selective",
+            kernels=kernels or operations(),
         )
         self._build(ties, reduction)
         self._watch = Watch(self.named, self.modules.values(), alone=pp.size == 1)

@@ -14,8 +14,11 @@ from typing import Protocol
 
 import torch
 
+from triloom_kernels.table import Kernels
+
 from .groups.base import Group
 from .groups.solo import Solo
+from .operations import operations
 
 GradWriter = Callable[[torch.Tensor, bool], None]
 """``write(out, accumulate)``: put a weight gradient into ``out`` (same shape as the parameter, the
@@ -50,5 +53,7 @@ class Scope:
     grads: WeightGrads | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    kernels: Kernels = field(default_factory=operations)
+    """What computes an operation on a device. Layers pick theirs when they are built."""
     selective: bool = False
     """Layers recompute what is large to keep and cheap to compute: the inside of attention (arXiv 2205.05198)."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from triloom.engine import Engine
+from triloom.models import decoder, gpt2, llama
+from triloom.operations import operations
+from triloom.scope import Scope
 from triloom_kernels import table
 from triloom_kernels.rms_norm import rms_norm
 
@@ -50,3 +57,56 @@ def test_triton_is_imported_when_a_kernel_is_picked_and_not_before() -> None:
         "table.default().pick('rms_norm', 'cuda'); assert 'triton' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def noting(op: str, called: set[str], kind: str) -> Callable[..., Any]:
+    """The row of an operation, which notes that it was called."""
+    function = operations().pick(op, kind)
+
+    def noted(*args: Any, **options: Any) -> Any:
+        called.add(op)
+        return function(*args, **options)
+
+    return noted
+
+
+SIZES: dict[str, Any] = {"vocab": 17, "hidden": 16, "layers": 1, "heads": 2, "max_seq": 4}
+USED = {
+    "llama": (llama(**SIZES), {"rms_norm", "rms_norm_residual", "split_rotate", "swiglu"}),
+    "gpt2": (gpt2(**SIZES), {"layer_norm", "layer_norm_residual", "gelu"}),
+    "dropout": (gpt2(**SIZES, dropout=0.5), {"layer_norm", "gelu", "dropout", "bias_dropout_residual"}),
+    "probabilities": (
+        gpt2(**SIZES, attention_dropout=0.5),
+        {"layer_norm", "layer_norm_residual", "gelu", "dropout"},
+    ),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("case", USED)
+def test_layers_take_what_the_table_has_for_their_device(case: str, device: str) -> None:
+    config, expected = USED[case]
+    called: dict[str, set[str]] = {"cpu": set(), "meta": set()}
+    kernels = operations()
+    for kind, op in itertools.product(called, table.EAGER):
+        kernels = kernels.using(op, noting(op, called[kind], kind), kind)
+    model, scope = decoder(config), Scope(kernels=kernels, device=torch.device(device))
+    ids = torch.zeros(2, 4, dtype=torch.int64, device=device)
+    x = ids
+    for build in model.units.values():
+        x = build(scope)(x)
+    model.loss(scope).logits(x)
+    assert {kind for kind, ops in called.items() if ops} == {device}
+    assert called[device] - {"attention"} == expected
+
+
+def test_an_engine_hands_its_table_to_the_layers() -> None:
+    called: set[str] = set()
+    config = USED["llama"][0]
+    model = decoder(config)
+    kernels = operations().using("swiglu", noting("swiglu", called, "cpu"), "cpu")
+    engine = Engine(model.units, model.loss, kernels=kernels)
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    loss = engine.step(ids, ids).loss
+    assert called == {"swiglu"}
+    assert loss == Engine(model.units, model.loss).step(ids, ids).loss

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triloom_kernels.rope import split_rotate
-
 from ..errors import ConfigError
 from ..mesh import check_divides
 from ..parallel.recompute import recompute
@@ -48,6 +46,7 @@ class Attention(nn.Module):
         self.out = RowParallelLinear(
             config.heads * d, config.hidden, scope=scope, name=f"{name}.out", bias=config.bias, std=config.residual_std
         )
+        self._split_rotate = scope.kernels.pick("split_rotate", scope.device)
         self.dropout = HeadDropout(config.attention_dropout, scope=scope, site="probabilities", heads=config.heads)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +73,8 @@ class Attention(nn.Module):
             heads = qkv.view(*qkv.shape[:2], self.heads + 2 * self.kv_heads, -1)
             return torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], dim=2)
         cos, sin = (self.layout.over_batch(t[:length].unsqueeze(1)) for t in self.tables)
-        return split_rotate(qkv, cos, sin, self.heads, self.kv_heads)
+        out: tuple[Tensor, ...] = self._split_rotate(qkv, cos, sin, self.heads, self.kv_heads)
+        return out
 
     def _dropped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d)) v with dropout on the probabilities; the softmax of 16-bit scores in fp32."""

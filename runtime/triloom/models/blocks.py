@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from triloom_kernels.gelu import gelu
-from triloom_kernels.swiglu import swiglu
-
 from ..errors import ConfigError
 from ..mesh import check_divides
 from ..scope import Scope
@@ -35,7 +32,7 @@ EMBED, LOSS = "embed", "loss"
 TOKENS, HEAD = f"{EMBED}.tokens", f"{LOSS}.head"
 
 
-def make_norm(config: DecoderConfig, scope: Scope, name: str) -> nn.Module:
+def make_norm(config: DecoderConfig, scope: Scope, name: str) -> RMSNorm | LayerNorm:
     if config.norm == "rms":
         return RMSNorm(config.hidden, scope=scope, name=name, eps=config.norm_eps)
     return LayerNorm(config.hidden, scope=scope, name=name, eps=config.norm_eps, bias=config.bias)
@@ -83,7 +80,7 @@ class FeedForward(nn.Module):
         super().__init__()
         check_divides("ffn", config.ffn, "tp", scope.tp.size)
         parts = (config.ffn,) * (2 if config.act == "swiglu" else 1)
-        self.act = swiglu if config.act == "swiglu" else gelu
+        self.act = scope.kernels.pick(config.act, scope.device)
         self.up = ColumnParallelLinear(
             config.hidden,
             sum(parts),
@@ -115,9 +112,13 @@ class Block(nn.Module):
         self.dropout2 = Dropout(config.dropout, scope=scope, site="mlp")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout1(self.attention(self.norm1(x)))
-        out: Tensor = x + self.dropout2(self.mlp(self.norm2(x)))
-        return out
+        y = self.attention(self.norm1(x))
+        if self.dropout1.active:
+            x = self.dropout1.add(y, x)
+            y = self.norm2(x)
+        else:
+            x, y = self.norm2.after_adding(y, x)
+        return self.dropout2.add(self.mlp(y), x)
 
 
 class Loss(nn.Module):

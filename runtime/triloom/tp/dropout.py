@@ -21,6 +21,7 @@ class _Dropout(nn.Module):
         if not 0.0 <= p < 1.0:
             raise ConfigError(f"dropout probability at {site!r} must be in [0, 1), got {p}")
         self.p, self.site, self.scope = p, site, scope
+        self._drop = scope.kernels.pick("dropout", scope.device)
 
     @property
     def active(self) -> bool:
@@ -39,16 +40,28 @@ class Dropout(_Dropout):
     def __init__(self, p: float, *, scope: Scope, site: str) -> None:
         super().__init__(p, scope=scope, site=site)
         self.layout = layout_of(scope)
+        self._drop_add = scope.kernels.pick("bias_dropout_residual", scope.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: ``[b, s, h]``, with sequence parallelism ``[s / tp, b, h]``."""
         if not self.active:
             return x
+        out: Tensor = self._drop(x, self.p, self._key(), *self._place(x))
+        return out
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual + dropout(x)``, both of x's shape."""
+        if not self.active:
+            return residual + x
+        out: Tensor = self._drop_add(x, None, residual, self.p, self._key(), *self._place(x))
+        return out
+
+    def _place(self, x: Tensor) -> tuple[int, tuple[int, ...]]:
+        """Index of the first element in the whole batch, and the index strides."""
         length, h = self.layout.length(x), x.shape[-1]
         first, sample = self.layout.positions(length).start, length * h
         base = self.scope.sample0 * sample + first * h
-        strides = (h, sample, 1) if self.layout.sequence else (sample, h, 1)
-        return philox.dropout(x, self.p, self._key(), base, strides)
+        return base, (h, sample, 1) if self.layout.sequence else (sample, h, 1)
 
 
 class HeadDropout(_Dropout):
@@ -65,4 +78,5 @@ class HeadDropout(_Dropout):
         local, rows, columns = x.shape[1:]
         head = rows * columns
         base = (self.scope.sample0 * self.heads + self.scope.tp.rank * local) * head
-        return philox.dropout(x, self.p, self._key(), base, (self.heads * head, head, columns, 1))
+        out: Tensor = self._drop(x, self.p, self._key(), base, (self.heads * head, head, columns, 1))
+        return out

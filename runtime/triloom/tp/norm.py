@@ -9,9 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from triloom_kernels.layer_norm import layer_norm
-from triloom_kernels.rms_norm import rms_norm
-
 from ..scope import Scope
 from ..shards import ShardSpec
 from .weights import Init, parameter
@@ -26,10 +23,18 @@ class RMSNorm(nn.Module):
         spec = ShardSpec((hidden,), partial_grad=scope.sequence_parallel and scope.tp.size > 1)
         self.shards = {"weight": spec}
         self.weight = parameter(scope, f"{name}.weight", spec, Init(value=1.0))
+        self._normalise = scope.kernels.pick("rms_norm", scope.device)
+        self._add_normalise = scope.kernels.pick("rms_norm_residual", scope.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., h]`` to the same shape and dtype."""
-        return rms_norm(x, self.weight, self.eps)
+        out: Tensor = self._normalise(x, self.weight, self.eps)
+        return out
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """``(residual + x, the norm of that)``."""
+        out: tuple[Tensor, Tensor] = self._add_normalise(x, residual, self.weight, self.eps)
+        return out
 
 
 class LayerNorm(nn.Module):
@@ -42,10 +47,18 @@ class LayerNorm(nn.Module):
         self.shards = {"weight": spec} | ({"bias": spec} if bias else {})
         self.weight = parameter(scope, f"{name}.weight", spec, Init(value=1.0))
         self.bias = parameter(scope, f"{name}.bias", spec, Init()) if bias else None
+        self._normalise = scope.kernels.pick("layer_norm", scope.device)
+        self._add_normalise = scope.kernels.pick("layer_norm_residual", scope.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., h]`` to the same shape and dtype."""
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        out: Tensor = self._normalise(x, self.weight, self.bias, self.eps)
+        return out
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """``(residual + x, the norm of that)``."""
+        out: tuple[Tensor, Tensor] = self._add_normalise(x, residual, self.weight, self.bias, self.eps)
+        return out
 
 
 def reduce_partial_grads(module: nn.Module, scope: Scope) -> None:

@@ -32,7 +32,7 @@ def check_ids(ids: Tensor, vocab: int, what: str, group: Group, ignore: int | No
     if ids.is_cuda:
         torch._assert_async(_good(ids, vocab, ignore).all(), f"{what} outside [0, {vocab})")
         return
-    if ids.numel() == 0 or shadow(ids):
+    if ids.numel() == 0 or ids.is_meta or shadow(ids):
         return
     low, high = torch.aminmax(ids)
     if high < vocab and (low >= 0 or (ignore is not None and bool(_good(ids, vocab, ignore).all()))):
