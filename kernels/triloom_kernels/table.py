@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .attention import attention
 from .dropout import bias_dropout_residual, dropout
 from .geglu import geglu
 from .gelu import bias_gelu, gelu
@@ -25,6 +26,7 @@ from .swiglu import swiglu
 Function = Callable[..., Any]
 
 EAGER: Mapping[str, Function] = {
+    "attention": attention,
     "bias_dropout_residual": bias_dropout_residual,
     "bias_gelu": bias_gelu,
     "dropout": dropout,
@@ -41,6 +43,7 @@ EAGER: Mapping[str, Function] = {
 """In torch operations: any device, the references of the others. Their modules do not import Triton."""
 
 TRITON: Mapping[str, str] = {
+    "attention": "attention.flash.flash_attention",
     "bias_dropout_residual": "counted_dropout.bias_dropout_residual",
     "bias_gelu": "biased_gelu.bias_gelu",
     "dropout": "counted_dropout.dropout",
