@@ -1,7 +1,10 @@
 """Programs for the tests of the verifier: a whole one, and small edits of its text."""
 
+import torch
+
 from triloom import schedules
-from triloom.actions import Action, parse_action, replace_ranks
+from triloom.actions import TRANSFER, Action, parse_action, replace_ranks
+from triloom.groups.threads import run_threads
 from triloom.passes import BucketInfo, StateLayout, add_communication, add_state, consumed_by, produced
 from triloom.placement import zero1
 from triloom.verify import verify
@@ -76,3 +79,40 @@ def before(text, new):
 def split(row):
     row[row.index("BW:stage0@0")] = "W:stage0@0"
     row.insert(row.index("W:stage0@0") + 1, "B:stage0@0")
+
+
+REAL = {"independent": "independent", "per_rank": "fifo", "blocking": "independent"}
+"""Lanes of the proof, and of the Threads group that has them."""
+
+
+def interpret(program, lanes):
+    """Run the transfers of a program on strict-rendezvous ranks; every tensor must be the one meant."""
+    run_threads(
+        len(program.ranks), lambda group: interpret_rank(group, program, lanes), deadline=20.0, lanes=REAL[lanes]
+    )
+
+
+def interpret_rank(group, program, lanes):
+    """One rank's part of a program's transfers; every tensor must be the one meant."""
+
+    def label(action):
+        return torch.tensor(
+            [float(action.subject.index * 100 + action.microbatch + 1000 * (action.subject.kind == "act"))]
+        )
+
+    received, posted = {}, []
+    for action in program.ranks[group.rank]:
+        if action.op in TRANSFER:
+            tensor = label(action) if action.op == "SEND" else torch.zeros(1)
+            work = (group.send if action.op == "SEND" else group.recv)(tensor, action.peer)
+            posted.append(work)
+            if action.op == "RECV":
+                received[action.subject, action.microbatch] = (work, tensor, label(action))
+            if lanes == "blocking":
+                work.wait()
+        elif subject := consumed_by(program, action):
+            work, tensor, want = received[subject, action.microbatch]
+            work.wait()
+            assert torch.equal(tensor, want), str(action)
+    for work in posted:
+        work.wait()

@@ -1,16 +1,14 @@
 """Deadlocks: found, named, and held against ranks that really run or block."""
 
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from program_edits import LAYOUT, check, edit, naive_communication, swap, whole
+from program_edits import LAYOUT, REAL, check, edit, interpret, naive_communication, swap, whole
 from triloom import schedules
-from triloom.actions import TRANSFER, Program, replace_ranks
+from triloom.actions import Program, replace_ranks
 from triloom.errors import DeadlockError, ProgramError
-from triloom.groups.threads import run_threads
-from triloom.passes import BucketInfo, StateLayout, add_communication, add_state, consumed_by
+from triloom.passes import BucketInfo, StateLayout, add_communication, add_state
 from triloom.placement import zero1
 from triloom.verify import inside, state_footprint, verify
 
@@ -155,38 +153,6 @@ def test_a_large_program_is_refused_with_a_window():
 
 
 # ---------------------------------------------------------------- the proof against real ranks
-
-REAL = {"independent": "independent", "per_rank": "fifo", "blocking": "independent"}
-"""Lanes of the proof, and of the Threads group that has them."""
-
-
-def interpret(program, lanes):
-    """Run the transfers of a program on strict-rendezvous ranks; every tensor must be the one meant."""
-
-    def label(action):
-        return torch.tensor(
-            [float(action.subject.index * 100 + action.microbatch + 1000 * (action.subject.kind == "act"))]
-        )
-
-    def rank_main(group):
-        received, posted = {}, []
-        for action in program.ranks[group.rank]:
-            if action.op in TRANSFER:
-                tensor = label(action) if action.op == "SEND" else torch.zeros(1)
-                work = (group.send if action.op == "SEND" else group.recv)(tensor, action.peer)
-                posted.append(work)
-                if action.op == "RECV":
-                    received[action.subject, action.microbatch] = (work, tensor, label(action))
-                if lanes == "blocking":
-                    work.wait()
-            elif subject := consumed_by(program, action):
-                work, tensor, want = received[subject, action.microbatch]
-                work.wait()
-                assert torch.equal(tensor, want), str(action)
-        for work in posted:
-            work.wait()
-
-    run_threads(len(program.ranks), rank_main, deadline=20.0, lanes=REAL[lanes])
 
 
 def acceptable(program, lanes):
