@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -22,6 +22,7 @@ from . import _C
 from .connect import CONNECT, Connection, Talk, connect_adopted, connect_comm
 from .cores import affinity, cpu_quota, share_cores
 from .errors import ConfigError
+from .gpu_links import find_links, visible_gpus
 from .groups.base import Group
 from .groups.objects import gather_objects
 from .hooks import Hooks, exit_code
@@ -207,14 +208,16 @@ class Wishes:
 
 def _world(name: str, connection: Connection, env: Mapping[str, str], wishes: Wishes) -> World:
     group = connection.group
-    everyone = gather_objects(group, [node_key(), socket.gethostname(), sorted(affinity())])
+    everyone = gather_objects(group, [node_key(), socket.gethostname(), sorted(affinity()), visible_gpus()])
     if wishes.hosts is None:
-        topology = make_topology([key for key, _, _ in everyone], [host for _, host, _ in everyone])
+        topology = make_topology([told[0] for told in everyone], [told[1] for told in everyone])
     else:
         topology = forced_topology(wishes.hosts, group.size)
     mates = topology.local(group.rank)
     place = mates.index(group.rank)
     local_rank = place if wishes.local_rank is None else wishes.local_rank
+    device = choose_device(wishes.device, local_rank)
+    topology = with_links(topology, group, [told[3] for told in everyone], device)
     hooks = _hooks(connection) if wishes.hooks else None
     world = World(
         rank=group.rank,
@@ -222,7 +225,7 @@ def _world(name: str, connection: Connection, env: Mapping[str, str], wishes: Wi
         local_rank=local_rank,
         local_size=len(mates) if wishes.local_size is None else wishes.local_size,
         group=group,
-        device=choose_device(wishes.device, local_rank),
+        device=device,
         threads=choose_threads(wishes.threads, [frozenset(everyone[r][2]) for r in mates], place, env),
         launcher=name,
         topology=topology,
@@ -235,6 +238,14 @@ def _world(name: str, connection: Connection, env: Mapping[str, str], wishes: Wi
     if hooks is not None:
         hooks.install()
     return world
+
+
+def with_links(topology: Topology, group: Group, gpus: Sequence[list[str]], device: torch.device) -> Topology:
+    """The topology with the links of the ranks' GPUs; collective if any rank sees a GPU (``gpus``: those each sees)."""
+    if group.size == 1 or not any(gpus):
+        return topology
+    mine = gpus[group.rank][device.index or 0] if device.type == "cuda" else ""
+    return replace(topology, links=find_links(group, gather_objects(group, mine), topology.node))
 
 
 def choose_threads(threads: int | None, cores: Sequence[frozenset[str]], place: int, env: Mapping[str, str]) -> int:

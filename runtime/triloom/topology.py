@@ -1,4 +1,4 @@
-"""Which ranks share a node, and what that means for a mesh. Read once, by ``boot.init``.
+"""Which ranks share a node, how their GPUs are linked, and what that means for a mesh. Read once, by ``boot.init``.
 
 The default order of the mesh, (dp, pp, tp), makes neighbouring ranks a tensor-parallel group. Started node by node,
 as launchers do by default, ranks of one node are neighbours, so tp stays inside a node wherever it fits.
@@ -18,6 +18,7 @@ from statistics import median
 import torch
 
 from .errors import ConfigError
+from .gpu_links import Link, speed, words
 from .groups.base import Group, Transfer
 from .groups.objects import broadcast_object
 from .mesh import DEFAULT_ORDER, Mesh
@@ -29,11 +30,13 @@ MEASURED_BYTES = 16 << 20
 class Topology:
     """Nodes of a job: groups of ranks that share memory.
 
-    node: node of each rank, numbered in the order of their lowest ranks. names: host name of each node.
+    node: node of each rank, numbered in the order of their lowest ranks. names: host name of each node. links: of the
+    ranks' GPUs inside the nodes, as far as they are known.
     """
 
     node: tuple[int, ...]
     names: tuple[str, ...]
+    links: tuple[Link, ...] = ()
 
     def local(self, rank: int) -> tuple[int, ...]:
         """The ranks of this rank's node, itself included."""
@@ -98,12 +101,38 @@ def crossing(mesh: Mesh, topology: Topology, axis: str = "tp") -> tuple[tuple[in
 
 def placement_note(mesh: Mesh, topology: Topology) -> str:
     """One line: where the tp groups are. For a mesh without crossing tp groups."""
-    if len(topology.names) == 1:
-        return f"one node: {topology}"
     tp = mesh.axis("tp")
-    where = f"every tp group of {tp} ranks is inside a node" if tp > 1 else "tp is 1, nothing of it crosses nodes"
+    slowest = max((link.kind for link in links_of(mesh, topology)), key=speed, default="")
+    over = f" over {words(slowest)}" if slowest and tp > 1 else ""
+    if len(topology.names) == 1:
+        return f"one node: {topology}" + (f"; every tp group of {tp} ranks{over}" if over else "")
+    where = f"every tp group of {tp} ranks is inside a node{over}" if tp > 1 else "tp is 1, nothing of it crosses nodes"
     order = " (default order)" if mesh.names == DEFAULT_ORDER else ""
     return f"{len(topology.names)} nodes: {topology}; {where}, order {', '.join(mesh.names)}{order}"
+
+
+def links_of(mesh: Mesh, topology: Topology, axis: str = "tp") -> list[Link]:
+    """The links between GPUs of one group along an axis."""
+    group_of = {r: i for i, group in enumerate(mesh.partition(axis)) for r in group}
+    return [link for link in topology.links if group_of[link.a] == group_of[link.b]]
+
+
+def slow_links(mesh: Mesh, topology: Topology) -> str | None:
+    """What is wrong where a tp group has a slower link than some other pair of its node, and the way out."""
+    best: dict[int, str] = {}
+    for link in sorted(topology.links, key=lambda link: speed(link.kind)):
+        best.setdefault(topology.node[link.a], link.kind)
+    slow = [x for x in links_of(mesh, topology) if speed(x.kind) > max(speed("NV"), speed(best[topology.node[x.a]]))]
+    if not slow:
+        return None
+    worst = max(slow, key=lambda link: speed(link.kind))
+    node = topology.node[worst.a]
+    return (
+        f"tp={mesh.axis('tp')} goes over {words(worst.kind)} between ranks {worst.a} and {worst.b} of "
+        f"{topology.names[node]}, where other pairs have {words(best[node])}; each layer waits for that link several "
+        "times. Name GPUs that are linked next to each other in CUDA_VISIBLE_DEVICES (`triloom doctor` shows the "
+        "links), or use a smaller parallel.tp"
+    )
 
 
 def placement_warning(mesh: Mesh, topology: Topology, measured: Bandwidths | None = None) -> str | None:
@@ -149,10 +178,14 @@ def measure(group: Group, topology: Topology) -> Bandwidths:
 
 
 def describe_placement(group: Group, mesh: Mesh, topology: Topology) -> str | None:
-    """What to say of the mesh's place on the nodes, None for one node; collective over ``group`` (it may measure)."""
+    """What to say of the mesh's place on nodes and GPUs, None if nothing. Collective over ``group``: it may measure."""
     if crossing(mesh, topology):
         return f"warning: {placement_warning(mesh, topology, measure(group, topology))}"
-    return placement_note(mesh, topology) if len(topology.names) > 1 else None
+    slow = slow_links(mesh, topology)
+    if slow is not None:
+        return f"warning: {slow}"
+    worth_a_word = len(topology.names) > 1 or (mesh.axis("tp") > 1 and topology.links)
+    return placement_note(mesh, topology) if worth_a_word else None
 
 
 def pair_bandwidth(group: Group, a: int, b: int, *, nbytes: int = MEASURED_BYTES, repeats: int = 5) -> float:

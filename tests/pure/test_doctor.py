@@ -146,8 +146,6 @@ Legend:
 
 
 def test_links_between_gpus(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices.read_links(TOPO) == {(0, 1): "NV18", (0, 2): "SYS", (1, 2): "SYS"}
-    assert devices.read_links("No devices were found") == {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(devices, "output", lambda *_: TOPO)
     seen = devices.links(place)

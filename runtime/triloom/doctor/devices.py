@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..gpu_links import read_links, words
 from .base import Place, Seen, mib
 from .host import output
-
-LINKS = {
-    "NV": "NVLink",
-    "PIX": "one PCIe switch",
-    "PXB": "several PCIe switches",
-    "PHB": "a PCIe host bridge",
-    "NODE": "PCIe within a NUMA node",
-    "SYS": "PCIe across NUMA nodes",
-}
-"""nvidia-smi's words for a link, fastest first."""
 
 
 def gpus(place: Place) -> Seen:
@@ -32,15 +23,6 @@ def gpus(place: Place) -> Seen:
     return Seen(f"{count} x {' / '.join(kinds)}; CUDA {data['cuda']}, driver {data['driver']}", data)
 
 
-def read_links(topo: str) -> dict[tuple[int, int], str]:
-    """Kind of link of every pair of GPUs ``(lower, higher)``, from the text of ``nvidia-smi topo -m``."""
-    rows = [line.split() for line in topo.replace("\x1b[4m", "").replace("\x1b[0m", "").splitlines()]
-    matrix = [row for row in rows if row and row[0].startswith("GPU") and row[0][3:].isdigit()]
-    columns = {int(row[0][3:]): row[1:] for row in matrix if "X" in row}
-    order = sorted(columns)
-    return {(a, b): columns[a][i] for a in order for i, b in enumerate(order) if a < b and i < len(columns[a])}
-
-
 def links(place: Place) -> Seen:
     """How the GPUs of this host reach each other."""
     if torch.cuda.device_count() < 2:
@@ -51,14 +33,9 @@ def links(place: Place) -> Seen:
     counts: dict[str, int] = {}
     for kind in found.values():
         counts[kind] = counts.get(kind, 0) + 1
-    words = [f"{n} pair{'s' * (n > 1)} over {_link(kind)}" for kind, n in counts.items()]
+    said = [f"{n} pair{'s' * (n > 1)} over {words(kind)}" for kind, n in counts.items()]
     pairs = {f"{a}-{b}": kind for (a, b), kind in found.items()}
-    return Seen(", ".join(words), {"links": pairs, "slow": any(kind in ("SYS", "NODE") for kind in counts)})
-
-
-def _link(kind: str) -> str:
-    name = LINKS.get(kind.rstrip("0123456789"), "")
-    return f"{kind} ({name})" if name else kind
+    return Seen(", ".join(said), {"links": pairs, "slow": any(kind in ("SYS", "NODE") for kind in counts)})
 
 
 def nccl(place: Place) -> Seen:
