@@ -208,7 +208,8 @@ class Wishes:
 
 def _world(name: str, connection: Connection, env: Mapping[str, str], wishes: Wishes) -> World:
     group = connection.group
-    everyone = gather_objects(group, [node_key(), socket.gethostname(), sorted(affinity()), visible_gpus()])
+    gpus = visible_gpus() if wishes.device is None or torch.device(wishes.device).type == "cuda" else []
+    everyone = gather_objects(group, [node_key(), socket.gethostname(), sorted(affinity()), gpus])
     if wishes.hosts is None:
         topology = make_topology([told[0] for told in everyone], [told[1] for told in everyone])
     else:

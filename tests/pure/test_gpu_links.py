@@ -92,6 +92,21 @@ def test_a_node_without_better_links_is_not_complained_of() -> None:
     assert slow_links(make_mesh(4, tp=4), topology("abcd", only_pcie)) is None
 
 
+def test_ranks_on_the_cpu_or_on_one_gpu_ask_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*arguments: str) -> str:
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(gpu_links, "ask", ask)
+    monkeypatch.setattr(boot, "visible_gpus", lambda: [A])
+    monkeypatch.setattr(boot, "choose_device", lambda device, local_rank: torch.device(device or "cuda:0"))
+    for device, links in (("cpu", ()), (None, (Link(0, 1, "SAME"),))):
+
+        def rank(group: Group, device: str | None = device) -> Topology:
+            return boot.init(group=group, hooks=False, threads=1, device=device).topology
+
+        assert run_threads(2, rank)[0].links == links
+
+
 def test_init_reads_the_links(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPUs and nvidia-smi are recorded ones; the ranks are on the meta device, as there is no CUDA."""
     asked: list[tuple[str, ...]] = []
