@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,7 +45,7 @@ class Evaluation:
         return f"perplexity {self.perplexity:.4g}, {bits}"
 
 
-NOT_EVALUATED: dict[str, Any] = dict.fromkeys(Evaluation(0.0, None).as_dict())
+NOT_EVALUATED: Mapping[str, None] = dict.fromkeys(Evaluation(0.0, None).as_dict())
 """The numbers of a step without an evaluation."""
 
 

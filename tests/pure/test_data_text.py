@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from triloom import boot
 from triloom.cli import main
-from triloom.config import load
+from triloom.config import load, to_toml
 from triloom.config.schema import DataConfig
 from triloom.data import Data, Tokenised, cut, find, is_long, open_found, text, tokenise, tokenizers
 from triloom.data.text import Text, find_text
@@ -27,6 +27,7 @@ from triloom.errors import ConfigError
 from triloom.evaluation import HeldOut
 from triloom.groups.base import Group
 from triloom.groups.threads import run_threads
+from triloom.plan import make_plan
 from triloom.runlog import read_metrics
 from triloom.together import SetupError
 from triloom.tokenising import tokenise_together
@@ -375,6 +376,39 @@ def test_a_plan_that_cannot_work_is_refused_before_text_is_tokenised(tmp_path: P
     assert not (tmp_path / "tokens").exists()
     prepare(load([], path).config, 2)
     assert (tmp_path / "tokens").is_dir()
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--data.path a --data.paths a,b", "two answers to the same question"),
+        ("--data.weights 1,2", "2 weights for 0 paths"),
+        ("--data.paths a,b --data.weights 1", "1 weights for 2 paths"),
+        ("--data.paths a,b --data.weights 1,0", "must be above 0 in every place"),
+        ("--data.paths ()", "no path is given"),
+        ("--data.validation v --data.held_out 0.1", "the validation file is what is evaluated"),
+        ("--data.vocab 300", "a vocabulary is trained for tokenizer = bpe only"),
+        ("--data.vocab 256 --data.tokenizer bpe", "must be at least 257"),
+        ("--data.token_dtype int32", "must be one of uint16, uint32"),
+    ],
+)
+def test_keys_that_do_not_fit_together_are_refused(words: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        make_plan(load(words.split()).config, 1, data_vocab=256)
+
+
+def test_sources_and_weights_are_said_alike_on_the_command_line_and_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "blend.toml"
+    path.write_text('[data]\npaths = ["a (1)", "b"]\nweights = [7, 3]\n')
+    words = ["--data.paths", "a (1), b", "--data.weights", "7,3"]
+    config = make_plan(load(words).config, 1, data_vocab=256).config
+    assert config.data.paths == ("a (1)", "b") and config.data.held_out == 0.01
+    assert make_plan(load([], path).config, 1, data_vocab=256).config == config
+    (tmp_path / "again.toml").write_text(to_toml(config))
+    assert load([], tmp_path / "again.toml").config == config
 
 
 # ---------------------------------------------------------------- the command

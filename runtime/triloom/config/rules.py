@@ -96,7 +96,8 @@ def from_text(kind: Kind, text: str) -> Any:
         return None
     if kind.scalar:
         return check(kind, _scalar_from_text(kind.scalar, text, kind))
-    parts = [p.strip() for p in text.strip("[]()").split(",") if p.strip()]
+    inner = text[1:-1] if (text[:1], text[-1:]) in (("[", "]"), ("(", ")")) else text
+    parts = [p.strip() for p in inner.split(",") if p.strip()]
     elements = kind.elements * len(parts) if kind.open_ended else kind.elements
     if len(parts) != len(elements):
         raise ConfigError(_expected(kind, text))

@@ -108,11 +108,9 @@ def is_intact(folder: Path, key: str) -> bool:
     return bool(crc == manifest["crc32"])
 
 
-def clear(folder: Path, key: str) -> bool:
-    """Remove ``folder/key``; whether there was something to remove."""
-    there = (folder / key).exists()
+def clear(folder: Path, key: str) -> None:
+    """Remove ``folder/key``."""
     shutil.rmtree(folder / key, ignore_errors=True)
-    return there
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,7 @@ def tokenise(
     keys = []
     for text, content in zip(texts, contents, strict=True):
         key = cache.key_of("tokens", content, digest_of(tokenizer), text.folder)
-        if not cache.is_intact(folder, key):
-            if cache.clear(folder, key):
-                say(f"{folder / key} is damaged and is made anew")
+        if not _is_whole(folder, key, partial(cache.is_intact, folder, key), say):
             cache.write_tokens(folder, key, text, tokenizer, tokenising)
         keys.append(key)
     return Tokenised(made, tuple(keys))
@@ -212,14 +211,23 @@ def _make_tokenizer(
     """Name and folder of the tokenizer made from the texts, there afterwards."""
     name, vocab = MADE[config.tokenizer], config.vocab or BPE_VOCAB
     key = cache.key_of(config.tokenizer, contents, [text.folder for text in texts], vocab)
-    if cache.read_file(folder, key, name) is None:
-        if cache.clear(folder, key):
-            say(f"{folder / key} is damaged and is made anew")
+    if not _is_whole(folder, key, lambda: cache.read_file(folder, key, name) is not None, say):
         tell = stage("making the vocabulary", sum(text.size() for text in texts))
         made = characters_of(texts, tell) if config.tokenizer == "char" else trained_bpe(texts, vocab, tell)
         if made.file is not None:
             cache.write_file(folder, key, *made.file)
     return name, key
+
+
+def _is_whole(folder: Path, key: str, whole: Callable[[], bool], say: Callable[[str], None]) -> bool:
+    """Whether ``folder/key`` is there and ``whole``; what is damaged is removed, and told."""
+    there = (folder / key).is_dir()  # before the look inside: another process may put a good one there meanwhile
+    if there and whole():
+        return True
+    if there:
+        say(f"{folder / key} is damaged and is made anew")
+        cache.clear(folder, key)
+    return False
 
 
 def _tokenizer(config: DataConfig, folder: Path, made: tuple[str, str] | None) -> Tokenizer:
