@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from triloom.groups.base import Group, ReduceOp, Transfer, Work
-from triloom.groups.nccl_group import NCCLGroup, NCCLWork
+from triloom.groups.nccl_group import NCCLGroup
+from triloom.groups.nccl_work import NCCLWork
 
 
 class Shuttle(Group):

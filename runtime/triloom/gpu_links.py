@@ -103,7 +103,7 @@ def pair_links(gpus: Sequence[str], node: Sequence[int], links: Mapping[int, Map
 
 
 def find_links(group: Group, gpus: Sequence[str], node: Sequence[int]) -> tuple[Link, ...]:
-    """Collective over ``group``, every rank passing the same: one rank of each node with several GPUs asks nvidia-smi."""
+    """Collective over ``group``, every rank passing the same: on nodes with several GPUs one rank asks nvidia-smi."""
     mates = [r for r in range(group.size) if node[r] == node[group.rank]]
     several = len({gpus[r] for r in mates if gpus[r]}) > 1
     mine = by_uuid(ask("topo", "-m"), ask("-L")) if several and group.rank == mates[0] else {}

@@ -13,8 +13,9 @@ import group_cases as cases
 from shuttle import shuttle
 from triloom.errors import GroupError, MismatchError
 from triloom.groups.nccl import MINIMUM, NcclMemory, load_nccl
-from triloom.groups.nccl_group import NCCLGroup, NCCLWork
+from triloom.groups.nccl_group import NCCLGroup
 from triloom.groups.nccl_streams import CudaStreams
+from triloom.groups.nccl_work import NCCLWork
 from triloom.groups.nccl_world import device_world, nccl_group
 from triloom.groups.solo import Solo
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import group_cases as cases
+import group_refusals as refusals
 from triloom.errors import DeadlineError, DeadlockError, GroupError, MeshError, MismatchError
 from triloom.groups.base import Group
 from triloom.groups.mesh_groups import mesh_groups
@@ -45,15 +46,15 @@ def test_several(n: int, case: str) -> None:
     run_threads(n, cases.SEVERAL[case])
 
 
-@pytest.mark.parametrize("case", cases.DISAGREEMENTS)
+@pytest.mark.parametrize("case", refusals.DISAGREEMENTS)
 @pytest.mark.parametrize("n", [2, 3])
 def test_disagreement(n: int, case: str) -> None:
-    run_threads(n, lambda group: cases.disagreement(group, case))
+    run_threads(n, lambda group: refusals.disagreement(group, case))
 
 
-@pytest.mark.parametrize("case", cases.ABSENT)
+@pytest.mark.parametrize("case", refusals.ABSENT)
 def test_absent(case: str) -> None:
-    run_threads(3, cases.ABSENT[case])
+    run_threads(3, refusals.ABSENT[case])
 
 
 def naive_1f1b(group: Group) -> None:

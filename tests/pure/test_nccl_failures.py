@@ -11,8 +11,9 @@ import torch
 from nccl_fake import Fake
 from triloom.errors import DeadlineError, GroupError, MismatchError
 from triloom.groups.base import Group
-from triloom.groups.nccl_group import NCCLGroup, NCCLWork
+from triloom.groups.nccl_group import NCCLGroup
 from triloom.groups.nccl_sequence import RECENT, agree_program
+from triloom.groups.nccl_work import NCCLWork
 from triloom.groups.threads import run_threads
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import group_cases as cases
+import group_refusals as refusals
 from group_cases import draw, in_order, same
 from nccl_fake import Fake, FakeStreams
 from triloom.errors import ConfigError, GroupError, MismatchError
 from triloom.groups.base import Group, Transfer
 from triloom.groups.nccl_comm import CommConfig
-from triloom.groups.nccl_group import NCCLGroup, NCCLWork
+from triloom.groups.nccl_group import NCCLGroup
+from triloom.groups.nccl_work import NCCLWork
 from triloom.groups.nccl_world import nccl_group
 from triloom.groups.solo import Solo
 from triloom.groups.threads import run_threads
@@ -49,17 +51,17 @@ def test_several(fake: Fake, n: int, case: str) -> None:
     fake.run(n, cases.SEVERAL[case], exact=True)
 
 
-@pytest.mark.parametrize("case", cases.ABSENT)
+@pytest.mark.parametrize("case", refusals.ABSENT)
 def test_absent(fake: Fake, case: str) -> None:
-    fake.run(3, cases.ABSENT[case])
+    fake.run(3, refusals.ABSENT[case])
 
 
-@pytest.mark.parametrize("case", cases.REFUSED_AT_ONCE)
+@pytest.mark.parametrize("case", refusals.REFUSED_AT_ONCE)
 def test_refused_at_once_on_the_rank_that_is_wrong(fake: Fake, case: str) -> None:
     def body(group: NCCLGroup) -> None:
         if group.rank == 1:
             with pytest.raises(MismatchError, match="rank 1: .* on group 'world': "):
-                cases.DISAGREEMENTS[case](group, True)
+                refusals.DISAGREEMENTS[case](group, True)
 
     fake.run(2, body)
 

@@ -24,8 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import group_cases as cases
+import group_refusals as refusals
 import parity_cases as parity
 import triloom
+from group_pairs import BLIND, PAIRS
 from nccl_fake import Fake
 from shuttle import shuttle
 from triloom import boot
@@ -33,6 +35,8 @@ from triloom.errors import DeadlineError
 from triloom.groups.base import Group
 from triloom.groups.by_device import DeviceGroup
 from triloom.groups.nccl_world import nccl_group
+from triloom.groups.torch_dist import TorchWire
+from triloom.groups.wired import WiredGroup
 
 MESHES = {2: {"dp": 2}, 4: {"dp": 2, "tp": 2}}
 
@@ -43,10 +47,10 @@ def matrix(group: Group) -> None:
         cases.every_dtype_and_size(group, operation)
     for case in cases.SEVERAL.values():
         case(group)
-    for name in cases.DISAGREEMENTS:
-        cases.disagreement(group, name)
-    for case in cases.ABSENT.values():  # leaves operations that never end: the exit must not stumble over them
-        case(group)
+    blind = isinstance(group, WiredGroup) and isinstance(group._wire, TorchWire) and group._local is None
+    for name in (BLIND if blind else PAIRS) if group.size == 2 else ():
+        PAIRS[name](group)
+    refusals.all_of_them(group)  # leaves operations that never end: the exit must not stumble over them
 
 
 STEPS = 5

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import group_cases as cases
+import group_refusals as refusals
 from group_cases import draw, in_order
+from group_pairs import PAIRS
 from triloom.boot import World
-from triloom.errors import DeadlineError, GroupError, MismatchError
+from triloom.errors import DeadlineError, MismatchError
 from triloom.groups.base import Transfer, Work
 from triloom.groups.mesh_groups import mesh_groups
 from triloom.groups.mpi import MPIGroup
@@ -36,6 +38,21 @@ def test_operations(world: World, operation: str) -> None:
     cases.every_dtype_and_size(world.group, operation)
 
 
+@pytest.mark.full
+@pytest.mark.ranks(3, 5, 6, timeout=150, launch=600)
+@pytest.mark.parametrize("operation", cases.OPERATIONS)
+def test_operations_of_many(world: World, operation: str) -> None:
+    cases.every_dtype_and_size(world.group, operation)
+
+
+@pytest.mark.full
+@pytest.mark.ranks(3, 5, 6, timeout=150, launch=600)
+def test_rules_of_many(world: World) -> None:
+    for several in cases.SEVERAL.values():
+        several(world.group)
+    refusals.all_of_them(world.group)
+
+
 @pytest.mark.ranks(2, 4)
 @pytest.mark.parametrize("case", cases.SEVERAL)
 def test_several(world: World, case: str) -> None:
@@ -43,15 +60,21 @@ def test_several(world: World, case: str) -> None:
 
 
 @pytest.mark.ranks(2, 4)
-@pytest.mark.parametrize("case", cases.DISAGREEMENTS)
+@pytest.mark.parametrize("case", refusals.DISAGREEMENTS)
 def test_disagreement(world: World, case: str) -> None:
-    cases.disagreement(world.group, case)
+    refusals.disagreement(world.group, case)
 
 
 @pytest.mark.ranks(2, 4)
-@pytest.mark.parametrize("case", cases.ABSENT)
+@pytest.mark.parametrize("case", refusals.ABSENT)
 def test_absent(world: World, case: str) -> None:
-    cases.ABSENT[case](world.group)
+    refusals.ABSENT[case](world.group)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("case", PAIRS)
+def test_pair(world: World, case: str) -> None:
+    PAIRS[case](world.group)
 
 
 @pytest.mark.ranks(2)
@@ -70,69 +93,6 @@ def test_data_that_does_not_come_is_told_from_a_rank_that_does_not(world: World)
             time.sleep(1.0)
         work.wait(20)  # rank 0's progress thread still does its part
         assert x[0] == 2.0
-    world.group.barrier().wait(20)
-
-
-@pytest.mark.ranks(2)
-def test_transfer_against_collective(world: World) -> None:
-    """Two kinds of operation have no header in common; the deadline tells what the other rank is at."""
-    group = world.group.split([[0, 1]], "kinds")
-    work = group.recv(torch.ones(5), 0) if world.rank else group.all_reduce(torch.ones(7))
-    if world.rank == 0:
-        instead = r"rank 1 had not arrived; rank 1 is at recv from rank 0: transfer float32\[5\] #0"
-    else:
-        instead = r"rank 0 had not arrived; rank 0 is at all_reduce float32\[7\] sum #0"
-    with pytest.raises(DeadlineError, match=instead):
-        work.wait(0.3)
-    world.group.barrier().wait(20)
-
-
-@pytest.mark.ranks(2)
-def test_progress_without_waiting(world: World) -> None:
-    """A large all_reduce, several exchanges and sums long, completes while this thread multiplies matrices."""
-    group = world.group
-    assert isinstance(group, MPIGroup)
-    x = torch.full((4 << 20,), 1.0 + group.rank)
-    a = torch.randn(256, 256)
-    group.barrier().wait()
-    work = group.all_reduce(x)
-    end = time.monotonic() + 20
-    while not work.over and time.monotonic() < end:  # `over` only looks; done() would drive
-        torch.mm(a, a)
-    assert work.over
-    assert x[0] == x[-1] == 3.0
-    work.wait()
-
-
-@pytest.mark.ranks(2)
-def test_operations_overtake(world: World) -> None:
-    """The second operation completes while the first still misses a rank."""
-    group = world.group.split([[0, 1]], "overtaking")
-    x, y = torch.ones(100_000), torch.ones(5)
-    if group.rank == 0:
-        late = group.send(x, 1)
-        group.all_reduce(y).wait()
-        assert not late.done()
-    else:
-        group.all_reduce(y).wait()
-        time.sleep(0.05)
-        late = group.recv(x, 0)
-    late.wait()
-    group.close()
-
-
-@pytest.mark.ranks(2)
-def test_close_abandons_what_is_outstanding(world: World) -> None:
-    group = world.group.split([[0, 1]], "closing")
-    x = torch.zeros(8)
-    works = [group.recv(x, 1)] if group.rank == 0 else []
-    group.close()
-    for work in works:
-        with pytest.raises(GroupError, match=r"recv from rank 1: transfer float32\[8\] #0 .*was abandoned"):
-            work.wait()
-    with pytest.raises(GroupError, match="the group is closed"):
-        group.barrier()
-    group.close()
     world.group.barrier().wait(20)
 
 

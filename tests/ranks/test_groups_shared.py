@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import group_cases as cases
+import group_refusals as refusals
 from group_cases import draw, same
+from group_pairs import PAIRS
 from triloom.boot import World
-from triloom.errors import ConfigError, DeadlineError, GroupError, MismatchError
+from triloom.errors import ConfigError, DeadlineError, MismatchError
 from triloom.groups.base import DTYPES, Group
 from triloom.groups.mpi import MPIGroup
 from triloom.groups.shared import SharedWork
@@ -46,10 +48,18 @@ def test_operations(world: World, operation: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.ranks(6)
+@pytest.mark.ranks(5, 6, timeout=150, launch=600)
 @pytest.mark.parametrize("operation", cases.OPERATIONS)
 def test_operations_of_many(world: World, operation: str) -> None:
     cases.every_dtype_and_size(segment(world.group), operation)
+
+
+@pytest.mark.full
+@pytest.mark.ranks(5, 6, timeout=150, launch=600)
+def test_rules_of_many(world: World) -> None:
+    for several in cases.SEVERAL.values():
+        several(segment(world.group))
+    refusals.all_of_them(world.group)
 
 
 @pytest.mark.ranks(*COUNTS)
@@ -59,15 +69,21 @@ def test_several(world: World, case: str) -> None:
 
 
 @pytest.mark.ranks(2, 4)
-@pytest.mark.parametrize("case", cases.DISAGREEMENTS)
+@pytest.mark.parametrize("case", refusals.DISAGREEMENTS)
 def test_disagreement(world: World, case: str) -> None:
-    cases.disagreement(segment(world.group), case)
+    refusals.disagreement(segment(world.group), case)
 
 
 @pytest.mark.ranks(2, 4)
-@pytest.mark.parametrize("case", cases.ABSENT)
+@pytest.mark.parametrize("case", refusals.ABSENT)
 def test_absent(world: World, case: str) -> None:
-    cases.ABSENT[case](segment(world.group))
+    refusals.ABSENT[case](segment(world.group))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("case", PAIRS)
+def test_pair(world: World, case: str) -> None:
+    PAIRS[case](segment(world.group))
 
 
 @pytest.mark.ranks(2, 3)
@@ -179,8 +195,8 @@ def test_groups_over_hosts(world: World) -> None:
             operation(group, torch.float32, 40_003)
         for case in ("outstanding_in_reverse", "two_groups_interleaved"):
             cases.SEVERAL[case](group)
-        for case in cases.DISAGREEMENTS:
-            cases.disagreement(group, case)
+        for case in refusals.DISAGREEMENTS:
+            refusals.disagreement(group, case)
         inside, across = group.split([[0, 1], [2, 3]], "inside"), group.split([[0, 2], [1, 3]], "across")
         assert isinstance(across, WiredGroup) and across._local is None
         assert across.transport == "messages (its ranks are on several hosts)"
@@ -196,23 +212,6 @@ def test_a_host_for_every_rank(world: World) -> None:
     with another(world, SharedMemory(hosts=(0, 1, 2))) as group:
         assert group.transport == "messages (its ranks are on several hosts)"
         cases.all_reduce(group, torch.float32, 40_001)
-
-
-@pytest.mark.ranks(2)
-def test_progress_without_waiting(world: World) -> None:
-    """A large all_reduce completes while this thread multiplies matrices and never looks at it."""
-    group = segment(world.group)
-    x = torch.full((4 << 20,), 1.0 + group.rank)
-    a = torch.randn(256, 256)
-    group.barrier().wait()
-    work = group.all_reduce(x)
-    assert isinstance(work, SharedWork)
-    end = time.monotonic() + 20
-    while not work.over and time.monotonic() < end:  # `over` only looks; done() would drive
-        torch.mm(a, a)
-    assert work.over
-    assert x[0] == x[-1] == 3.0
-    work.wait()
 
 
 class LateStage:
@@ -313,51 +312,6 @@ def test_data_that_does_not_come_is_told_from_a_rank_that_does_not(world: World)
         while x[0] != 2.0 and time.monotonic() < end:  # this rank's thread still does its part
             time.sleep(0.01)
         assert x[0] == 2.0
-    world.group.barrier().wait(20)
-
-
-@pytest.mark.ranks(2)
-def test_transfer_against_collective(world: World) -> None:
-    """Two kinds of operation have no header in common; the deadline tells what the other rank is at."""
-    group = segment(world.group.split([[0, 1]], "kinds"))
-    work = group.recv(torch.ones(5), 0) if world.rank else group.all_reduce(torch.ones(7))
-    if world.rank == 0:
-        instead = r"rank 1 had not arrived; rank 1 is at recv from rank 0: transfer float32\[5\] #0"
-    else:
-        instead = r"rank 0 had not arrived; rank 0 is at all_reduce float32\[7\] sum #0"
-    with pytest.raises(DeadlineError, match=instead):
-        work.wait(0.3)
-    world.group.barrier().wait(20)
-
-
-@pytest.mark.ranks(2)
-def test_operations_overtake(world: World) -> None:
-    """The second operation completes while the first still misses a rank."""
-    group = segment(world.group)
-    x, y = torch.ones(100_000), torch.ones(5)
-    if group.rank == 0:
-        late = group.send(x, 1)
-        group.all_reduce(y).wait()
-        assert not late.done()
-    else:
-        group.all_reduce(y).wait()
-        time.sleep(0.05)
-        late = group.recv(x, 0)
-    late.wait()
-
-
-@pytest.mark.ranks(2)
-def test_close_abandons_what_is_outstanding(world: World) -> None:
-    group = segment(world.group.split([[0, 1]], "closing"))
-    x = torch.zeros(8)
-    works = [group.recv(x, 1)] if group.rank == 0 else []
-    group.close()
-    for work in works:
-        with pytest.raises(GroupError, match=r"recv from rank 1: transfer float32\[8\] #0 .*was abandoned"):
-            work.wait()
-    with pytest.raises(GroupError, match="the group is closed"):
-        group.barrier()
-    group.close()
     world.group.barrier().wait(20)
 
 
