@@ -10,7 +10,9 @@ import torch
 from triloom.engine import Engine
 from triloom.models import decoder, gpt2, llama
 from triloom.models.config import DecoderConfig
+from triloom.operations import operations
 from triloom.optim import AdamW, warmup_cosine
+from triloom_kernels.attention import attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -32,9 +34,13 @@ def batch(step: int, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(config: DecoderConfig, device: str, dtype: torch.dtype) -> tuple[list[float], dict[str, torch.Tensor]]:
-    model = decoder(config)
+    """fp64 with torch's attention: the kernels have none."""
+    model, kernels = decoder(config), operations()
+    if dtype == torch.float64:
+        kernels = kernels.using("attention", attention, "cuda")
     engine = Engine(
         model.units, model.loss, ties=model.ties, microbatches=4, seed=1, device=torch.device(device), dtype=dtype,
+        kernels=kernels,
         optimizer=AdamW(lr=warmup_cosine(3e-3, warmup=10, steps=100)),
     )  # fmt: skip
     losses = [engine.step(*batch(step, config.max_seq)).loss for step in range(STEPS)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -47,6 +46,7 @@ class Attention(nn.Module):
             config.heads * d, config.hidden, scope=scope, name=f"{name}.out", bias=config.bias, std=config.residual_std
         )
         self._split_rotate = scope.kernels.pick("split_rotate", scope.device)
+        self._softmax_attention = scope.kernels.pick("attention", scope.device)
         self.dropout = HeadDropout(config.attention_dropout, scope=scope, site="probabilities", heads=config.heads)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +62,8 @@ class Attention(nn.Module):
         """By head, ``[b, heads, s, d]``."""
         if self.dropout.active:
             return self._dropped(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        out: Tensor = self._softmax_attention(q, k, v, causal=True)
+        return out
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values by head, ``[b, s, heads, d]`` (or sequence first), rotated."""
