@@ -161,9 +161,10 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Make a small file and force it to disk."""
+def write_text(path: Path, text: str, *, lasting: bool = True) -> None:
+    """Make a small file; lasting: force it to disk."""
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if lasting:
+            os.fsync(file.fileno())

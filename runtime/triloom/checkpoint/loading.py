@@ -66,6 +66,8 @@ def load(engine: Engine, folder: str | Path) -> Restored:
         if piece.home is not None:
             piece.home.copy_(piece.flat.view(piece.home.shape))
     content.set_own(engine, {p.tensor: w.into for p, w in zip(own, wants[len(pieces) :], strict=True)})
+    for bucket in engine.state.buckets:
+        bucket.calls = None  # they depend on single numbers among the states
     spread(engine.state)
     content.set_numbers(engine, manifest.state)
     return Restored(folder, manifest.step, manifest.extra, tuple(_notes(engine, manifest, same_layout)))

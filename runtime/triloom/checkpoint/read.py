@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -60,7 +60,8 @@ def read(folder: Path, manifest: Manifest, wants: Sequence[Want]) -> None:
     """
     tasks = [task for want in wants for task in _tasks(manifest, want)]
     items = [(task, block) for task in tasks for block in task.blocks()]
-    with _opened(folder, manifest, {t.stored.file for t in tasks}) as fds, _Buffers() as buffers:
+    with _opened(folder, manifest, {t.stored.file for t in tasks}) as fds:
+        buffers = _Buffers()
         _each(items, lambda item: item[0].take(item[1], folder, fds, buffers))
 
 
@@ -82,11 +83,12 @@ def verify(folder: Path) -> Manifest:
         for stored in t.pieces
         for block in range(len(stored.checksums))
     ]
-    with _opened(folder, manifest, set(manifest.files)) as fds, _Buffers() as buffers:
+    buffers = _Buffers()
+    with _opened(folder, manifest, set(manifest.files)) as fds:
 
         def check(block: _Block) -> None:
-            with buffers.one() as buffer:
-                block.read(folder, fds, buffer[: block.nbytes])
+            with buffers.one(block.nbytes) as buffer:
+                block.read(folder, fds, buffer)
 
         _each(blocks, check)
     return manifest
@@ -96,25 +98,24 @@ def verify(folder: Path) -> Manifest:
 
 
 class _Buffers:
-    """As many buffers as there are threads, used again and again: fresh memory costs more than a read from cache."""
+    """Buffers that threads use again and again: fresh memory costs more than a read from the page cache."""
 
     def __init__(self) -> None:
-        self._free: SimpleQueue[memoryview] = SimpleQueue()
-        for _ in range(THREADS):
-            self._free.put(memoryview(bytearray(BLOCK)))
+        self._free: SimpleQueue[bytearray] = SimpleQueue()
 
     @contextmanager
-    def one(self) -> Iterator[memoryview]:
-        buffer = self._free.get()
+    def one(self, nbytes: int) -> Iterator[memoryview]:
+        """At most BLOCK bytes."""
         try:
-            yield buffer
+            buffer = self._free.get_nowait()
+        except Empty:
+            buffer = bytearray()
+        if len(buffer) < nbytes:
+            buffer = bytearray(nbytes)
+        try:
+            yield memoryview(buffer)[:nbytes]
         finally:
             self._free.put(buffer)
-
-    def __enter__(self) -> _Buffers:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 class _Block(NamedTuple):
@@ -176,8 +177,7 @@ class _Task:
             at = int(one[0]) * self.itemsize
             block.read(folder, fds, _memory(self.want.into)[at : at + block.nbytes])
             return
-        with buffers.one() as buffer:
-            data = buffer[: block.nbytes]
+        with buffers.one(block.nbytes) as data:
             block.read(folder, fds, data)
             scatter(self.want.into, data, Meeting(one, two - lo, length), self.itemsize)
 

@@ -221,7 +221,7 @@ class Saving:
                 itemsize = entry.nbytes // entry.part.numel
                 report["tensors"].append([entry.tensor, entry.code, list(entry.shape), piece_json(stored, itemsize)])
         with explained("cannot write", self._temporary / _note(rank)):
-            write_text(self._temporary / _note(rank), json.dumps(report))
+            write_text(self._temporary / _note(rank), json.dumps(report), lasting=False)
 
     def _commit(self) -> None:
         """Rank 0: join the notes to the manifest, and give the folder its name."""
