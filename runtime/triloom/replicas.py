@@ -77,18 +77,17 @@ def compare_replicas(engine: Engine) -> Replicas:
     What each dp rank holds a part of (ZeRO-3) has no second copy over dp.
     """
     params, dp = engine.state.params, engine.groups.axis("dp")
-    held = dict(_local(engine))
-    everyone = _gather(dp, list(held.values()))
-    shard_ranks = engine.placement.shard_ranks or dp.size
-    sharded = engine.placement.params.sharded and dp.size > 1
-    block = shard_ranks if sharded else 1
+    held = {name: (total, block) for name, total, block in _local(engine)}
+    everyone = _gather(dp, [total for total, _ in held.values()])
     found = [
         text
-        for i, name in enumerate(held)
+        for i, (name, (_, block)) in enumerate(held.items())
         for place in range(block)
         for text in _differing(name, "dp", [row[i] for row in everyone[place::block]], dp.members[place::block])
     ]
-    totals = {name: sum(row[i] for row in everyone[:block]) % 2**64 for i, name in enumerate(held)}
+    totals = {
+        name: sum(row[i] for row in everyone[:block]) % 2**64 for i, (name, (_, block)) in enumerate(held.items())
+    }
 
     tp = engine.groups.axis("tp")
     whole = [name for name in totals if params[name].spec.dim is None]
@@ -104,17 +103,20 @@ def compare_replicas(engine: Engine) -> Replicas:
         found += _differing(name, "its uses", [uses[r][name] for r in holders], [pp.members[r] for r in holders])
 
     everything = gather_objects(engine.world, found)
-    alike = set(tied) | (set(whole) if tp.size > 1 else set()) | (set(held) if dp.size > block else set())
-    return Replicas(len(alike), tuple(dict.fromkeys(text for one in everything for text in one)))
+    over_dp = {name for name, (_, block) in held.items() if dp.size > block}
+    alike = len(over_dp | set(tied) | (set(whole) if tp.size > 1 else set()))
+    return Replicas(alike, tuple(dict.fromkeys(text for one in everything for text in one)))
 
 
-def _local(engine: Engine) -> Iterator[tuple[str, int]]:
-    """This rank's fingerprint of each of its parameters, or of the part of it that it holds."""
+def _local(engine: Engine) -> Iterator[tuple[str, int, int]]:
+    """Of each of this rank's parameters the fingerprint of what it holds, and how many dp ranks hold the whole."""
     dp = engine.groups.axis("dp")
     block = engine.placement.shard_ranks or dp.size
-    names, sums = [], []
+    names: list[str] = []
+    sums: list[torch.Tensor] = []
+    blocks: list[int] = []
     for state in engine.state.buckets:
-        parts = dict.fromkeys(s.name for s in state.bucket.slots)
+        parts: dict[str, torch.Tensor | None] = dict.fromkeys(s.name for s in state.bucket.slots)
         if state.residency.params:
             for piece in pieces(state.bucket, dp.rank % block, block):
                 held = state.param_shard[piece.start - state.shard.start : piece.stop - state.shard.start]
@@ -124,9 +126,10 @@ def _local(engine: Engine) -> Iterator[tuple[str, int]]:
                 parts[slot.name] = fingerprint(state.params.tensor[slot.offset : slot.stop])
         zero = torch.zeros((), dtype=torch.int64, device=state.param_shard.device)
         names += list(parts)
+        blocks += [block if state.residency.params else 1] * len(parts)
         sums += [zero if part is None else part for part in parts.values()]
     values = torch.stack(sums).tolist() if sums else []
-    return zip(names, values, strict=True)
+    return zip(names, values, blocks, strict=True)
 
 
 def _gather(group: Group, mine: Sequence[int]) -> list[list[int]]:
