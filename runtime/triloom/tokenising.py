@@ -40,6 +40,10 @@ class Progress:
     def show(self, what: str, done: int, total: int) -> None:
         self.doing = (what, done, total)
 
+    def take(self) -> list[str]:
+        """What was said since the last call, while the thread may go on saying."""
+        return [self.said.pop(0) for _ in range(len(self.said))]
+
     def line(self, doing: tuple[str, int, int]) -> str | None:
         """A line about ``doing``, None if the last one is not long ago."""
         what, done, total = doing
@@ -85,8 +89,7 @@ def tokenise_together(config: Config, world: World, out: TextIO) -> Tokenised | 
         tick = min(LONGEST_TICK, 2 * tick)
         running = work.running  # looked at first: what ended after this is told at the next tick
         state = {"running": running, "result": work.result, "error": work.error is not None}
-        everyone = gather_objects(world.group, state | {"doing": progress.doing, "said": progress.said})
-        progress.said.clear()
+        everyone = gather_objects(world.group, state | {"doing": progress.doing, "said": progress.take()})
         if world.rank == 0:
             _print(everyone, progress, out)
         if any(one["error"] for one in everyone):

@@ -96,7 +96,7 @@ def test_a_batch_that_dp_does_not_divide_is_refused() -> None:
 
 def split(total: int, seq: int, held_out: float) -> Data:
     """Tokens that say where they stand, cut in two."""
-    sources = Sources((Source(Flat(counting(total)), "x", 1, True),), None, None, None)
+    sources = Sources((Source(Flat(counting(total)), "x", True),), None, None, None)
     return cut(sources, seq=seq, seed=0, vocab=total, held_out=held_out)
 
 

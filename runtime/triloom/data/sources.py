@@ -89,7 +89,6 @@ class Source:
 
     tokens: Tokens
     name: str
-    files: int
     checked: bool
 
 
@@ -139,6 +138,13 @@ def _find(path: str | None, key: str) -> Text | TokenFile:
     if path is None:
         return find_text(None, key)
     place = Path(path).expanduser()
+    try:
+        return _classify(path, place, key)
+    except OSError as error:
+        raise ConfigError(f"{key} = {path!r} cannot be read: {error.strerror}") from None
+
+
+def _classify(path: str, place: Path, key: str) -> Text | TokenFile:
     if place.is_dir():
         return find_text(path, key)
     prefix = place.with_suffix("") if place.suffix in (".bin", ".idx") else place
@@ -246,10 +252,13 @@ def open_found(config: DataConfig, found: Found, folder: Path, tokenised: Tokeni
     ready = iter(() if tokenised is None else tokenised.texts)
 
     def opened(source: Text | TokenFile) -> Source:
-        if isinstance(source, TokenFile):
-            return _open_tokens(config, source)
-        tokens = source.as_bytes() if tokenised is None else cache.read_tokens(folder, next(ready))
-        return Source(tokens, source.name, len(source.files), True)
+        try:
+            if isinstance(source, TokenFile):
+                return _open_tokens(config, source)
+            tokens = source.as_bytes() if tokenised is None else cache.read_tokens(folder, next(ready))
+        except OSError as error:
+            raise ConfigError(f"{source.name} cannot be read: {error.strerror}") from None
+        return Source(tokens, source.name, True)
 
     train = tuple(opened(source) for source in found.train)
     validation = None if found.validation is None else opened(found.validation)
@@ -258,5 +267,5 @@ def open_found(config: DataConfig, found: Found, folder: Path, tokenised: Tokeni
 
 def _open_tokens(config: DataConfig, source: TokenFile) -> Source:
     if source.megatron:
-        return Source(open_megatron(source.path, config.eos), source.name, 1, False)
-    return Source(open_flat(source.path, config.token_dtype or "uint16"), source.name, 1, False)
+        return Source(open_megatron(source.path, config.eos), source.name, False)
+    return Source(open_flat(source.path, config.token_dtype or "uint16"), source.name, False)
