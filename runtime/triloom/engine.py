@@ -208,7 +208,9 @@ class Engine:
             where=self._where,
             here=self.groups.axis("pp").rank,
             units=self._units,
-            wire=Wire(self.groups.link, self.scope.device, None if record is None else record.wait),
+            wire=Wire(
+                self.groups.link, self.scope.device, self.state.spent.receives(None if record is None else record.wait)
+            ),
             scope=self.scope,
             handlers={**self.state.handlers(), **self.totals.handlers()},
             ready=self.state.ready,

@@ -154,6 +154,7 @@ class Log(Protocol):
         memory: Mapping[str, int],
         evaluation: Evaluation | None,
         pipeline: Figures | None = None,
+        spent: Mapping[str, float] | None = None,
     ) -> None: ...
 
     def say(self, text: str) -> None:
@@ -178,6 +179,7 @@ class Silent:
         memory: Mapping[str, int],
         evaluation: Evaluation | None,
         pipeline: Figures | None = None,
+        spent: Mapping[str, float] | None = None,
     ) -> None: ...
 
     def say(self, text: str) -> None: ...
@@ -234,6 +236,7 @@ class RunLog(AbstractContextManager["RunLog"]):
         memory: Mapping[str, int],
         evaluation: Evaluation | None,
         pipeline: Figures | None = None,
+        spent: Mapping[str, float] | None = None,
     ) -> None:
         self._tokens += self._plan.tokens_per_step
         self._steps_done += not metrics.skipped
@@ -251,6 +254,7 @@ class RunLog(AbstractContextManager["RunLog"]):
             "peak_bytes": dict(memory),
             **(NOT_EVALUATED if evaluation is None else evaluation.as_dict()),
             "pipeline": None if pipeline is None else pipeline.as_dict(),
+            "seconds": dict(spent or {}),
         }
         for sink in self._sinks:
             sink(record)

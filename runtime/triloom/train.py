@@ -206,18 +206,22 @@ def _must_agree(job: Job) -> dict[str, str]:
 
 
 def make_engine(job: Job, world: World, record: Recorder | None = None) -> Engine:
-    config = job.plan.config
+    return engine_of(job.plan, job.model, world, record)
+
+
+def engine_of(plan: Plan, model: Model, world: World, record: Recorder | None = None) -> Engine:
+    config = plan.config
     return Engine(
-        job.model.units,
-        job.model.loss,
-        ties=job.model.ties,
+        model.units,
+        model.loss,
+        ties=model.ties,
         world=device_world(world.group, world.device),
-        mesh=job.plan.mesh,
+        mesh=plan.mesh,
         optimizer=make_optimizer(config),
-        schedule=job.plan.schedule,
+        schedule=plan.schedule,
         stages=config.schedule.stages,
-        microbatches=job.plan.microbatches,
-        placement=job.plan.placement,
+        microbatches=plan.microbatches,
+        placement=plan.placement,
         clip=config.optim.clip,
         scaling=(dynamic if config.train.dtype == "float16" else fixed)(max_skips=config.optim.max_skips),
         reduction=REDUCTIONS[config.placement.reduction](),
@@ -263,7 +267,8 @@ class Loop:
                 due = not metrics.skipped and self._due(metrics.step)
                 evaluation = held_out.run(self._engine) if due else evaluation
                 memory_now = self._engine.memory().shown
-                self._log.step(metrics, seconds, memory_now, evaluation if due else None, pipeline)
+                times = self._engine.state.spent.seconds()
+                self._log.step(metrics, seconds, memory_now, evaluation if due else None, pipeline, times)
                 if self._saves.after(metrics, feed.position):
                     break
         self._saves.finish()

@@ -33,6 +33,7 @@ KEYS = {
     "held_out_perplexity",
     "held_out_bits_per_byte",
     "pipeline",
+    "seconds",
 }
 TRAIN = [sys.executable, "-m", "triloom", "train"]
 
@@ -79,13 +80,14 @@ def test_a_run_leaves_every_promised_number(tmp_path: Path) -> None:
         assert set(r) == KEYS
         assert all(
             isinstance(r[key], (int, float)) and r[key] >= 0
-            for key in KEYS - {"peak_bytes", "pipeline"}
+            for key in KEYS - {"peak_bytes", "pipeline", "seconds"}
             if not (key.startswith("held_out") and r["step"] < 3)
         )
         assert r["tokens"] == (r["step"] + 1) * 8 * 16
         assert r["tokens_per_s"] == pytest.approx(8 * 16 / r["step_ms"] * 1e3)
         assert {"params", "grads", "moments", "activations"} <= set(r["peak_bytes"])
         assert all(isinstance(size, int) and size > 0 for size in r["peak_bytes"].values())
+        assert 0 < r["seconds"]["exposed"] < r["step_ms"] / 1e3
     assert [r["held_out_loss"] is None for r in records] == [True, True, True, False]
     config = load([], folder / "config.toml").config
     assert (config.parallel.dp, config.schedule.microbatches, config.model.vocab) == (1, 4, 256)

@@ -13,6 +13,7 @@ so all stages end in the same bits (stage 0 reduces by reduce_scatter and then g
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from .guard import guard
 from .precision import check_rounding, precision
 from .reduction import Exact, Reduction
 from .segments import Known
+from .spent import Spent
 from .ties import Tie
 from .updates import Updates
 from .weight_grads import Accumulator
@@ -90,6 +92,8 @@ class ShardedState:
         self.missed: dict[str, int] = {}
         """By canonical name, the steps of the run in which a parameter was not updated because it had no gradient
         on any rank; 0 where not listed. The same on every rank that has the parameter. A rule counts the others."""
+        self.spent = Spent()
+        """What the last step waited for, and what its updates took."""
         self._absent: frozenset[str] = frozenset()
         self.buckets: tuple[BucketState, ...] = ()
         self._numbers: tuple[list[Rule], list[Treatment]] = ([], [])
@@ -218,6 +222,7 @@ class ShardedState:
 
     def begin_step(self) -> None:
         """Gradients start anew: the first write of the step overwrites."""
+        self.spent.start()
         for state in self.buckets:
             state.refresh()
             state.folded = False
@@ -228,12 +233,17 @@ class ShardedState:
     def end_step(self) -> None:
         """Wait until every rank's parameters are as the placement keeps them."""
         for state in self.buckets:
-            _finish_gather(state)
+            self._finish_gather(state)
 
     def ready(self, unit: int) -> None:
         """Wait for the parameters that a unit is about to use."""
         for state in self._of_unit.get(unit, ()):
-            _finish_gather(state)
+            self._finish_gather(state)
+
+    def _finish_gather(self, state: BucketState) -> None:
+        if state.gather is not None:
+            self.spent.wait("gather", state.gather)
+            state.gather = None
 
     def _bucket(self, action: Action) -> BucketState:
         return self.buckets[action.subject.index or 0]
@@ -254,7 +264,7 @@ class ShardedState:
             padded = local.new_zeros(max(counts), local.shape[1])
             padded[: len(uses)] = local
             gathered = local.new_empty(group.size, *padded.shape)
-            group.all_gather(gathered, padded).wait()
+            self.spent.wait("reduce", group.all_gather(gathered, padded))
         seen = dict.fromkeys(tie.members(), 0)
         order = []
         for coord in tie.coords:
@@ -279,7 +289,7 @@ class ShardedState:
             return
         views = [state.grads.tensor[s.offset : s.stop] for s in partial]
         packed = torch.cat(views)
-        self.tp.all_reduce(packed).wait()
+        self.spent.wait("reduce", self.tp.all_reduce(packed))
         for view, part in zip(views, torch.split(packed, [v.numel() for v in views]), strict=True):
             view.copy_(part)
 
@@ -287,7 +297,7 @@ class ShardedState:
         """Keep only this rank's part: of the parameters, or of a reduced gradient, which is added to those before."""
         state = self._bucket(action)
         if action.subject.kind == "params":
-            _finish_gather(state)
+            self._finish_gather(state)
             if state.residency.params:
                 state.params.release()
             return
@@ -305,12 +315,12 @@ class ShardedState:
 
     def _finish_reduction(self, state: BucketState) -> None:
         if state.reduction is not None:
-            state.reduction.wait()
+            self.spent.wait("reduce", state.reduction)
             state.reduction = None
         if state.reduced:
             state.reduced = False
             if self.replicas.size > 1:
-                self.replicas.all_reduce(state.grads.tensor[state.shard]).wait()
+                self.spent.wait("reduce", self.replicas.all_reduce(state.grads.tensor[state.shard]))
 
     def wait_reduced(self) -> None:
         """Gradients are final: this rank's shards, or all of them where the update is not sharded."""
@@ -319,7 +329,7 @@ class ShardedState:
             if state.residency.optimizer:
                 continue
             if self.dp.size > 1:
-                self.dp.all_gather(state.grads.tensor, state.grad_shard).wait()
+                self.spent.wait("reduce", self.dp.all_gather(state.grads.tensor, state.grad_shard))
             elif state.residency.each:
                 state.grads.tensor.copy_(state.grad_shard)
 
@@ -343,8 +353,10 @@ class ShardedState:
         if step.skipped:
             return
         state = self._bucket(action)
+        begin = time.perf_counter_ns()
         for call in state.calls_of(self.missed, self._absent):
             self._updates(state, call, step)
+        self.spent.add("optimizer", begin, time.perf_counter_ns())
 
     def _unshard(self, action: Action, step: StepState) -> None:
         """Make room for a whole gradient, or post the gather of the parameters."""
@@ -375,9 +387,3 @@ class ShardedState:
                     state.params.release()
                 if state.low is not None:
                     state.master.copy_(state.low)
-
-
-def _finish_gather(state: BucketState) -> None:
-    if state.gather is not None:
-        state.gather.wait()
-        state.gather = None

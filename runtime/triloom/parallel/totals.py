@@ -72,7 +72,7 @@ class Totals:
         """Global loss weight: the sum over microbatches and dp, known before the first backward."""
         self._weigh_locally(step)
         total = torch.tensor([sum(step.weights)], dtype=torch.float64)
-        self._dp.all_reduce(total).wait()
+        self._state.spent.wait("agree", self._dp.all_reduce(total))
         step.total_weight = float(total)
         step.loss_scale = self.scaling.scale / step.total_weight if step.total_weight else 0.0
 
@@ -124,7 +124,7 @@ class Totals:
         numbers[4] = reduce(or_, (ask() for ask in self.notices), 0)
         mine = torch.cat([numbers.view(torch.int64), self._presence.pack(present)])
         everyone = mine.new_empty(self._world.size, mine.numel())
-        self._world.all_gather(everyone, mine).wait()
+        self._state.spent.wait("agree", self._world.all_gather(everyone, mine))
         floats = everyone[:, :_NUMBERS].contiguous().view(torch.float64)
         loss, step.total_weight = _exact_sum(floats[:, 0]), _exact_sum(floats[:, 1])
         step.loss = loss / step.total_weight if step.total_weight else 0.0
