@@ -58,11 +58,11 @@ class Plan:
 def add_product_(out: Tensor, grad: Tensor, x: Tensor) -> None:
     """``out += grad^T x`` with sums in out's dtype. grad: ``[n, v]``; x: ``[n, h]``, the same dtype; out: ``[v, h]``.
 
-    On CUDA 16-bit factors go to the product as they are; on the CPU they are widened first.
+    On CUDA 16-bit factors go to the product as they are (torch 2.8 and later); otherwise they are widened first.
     """
     if grad.dtype == out.dtype:
         out.addmm_(grad.t(), x)
-    elif grad.is_cuda:
+    elif grad.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         torch.ops.aten.addmm.dtype_out(out, grad.t(), x, out.dtype, out=out)
     else:
         out.addmm_(grad.to(out.dtype).t(), x.to(out.dtype))
@@ -70,12 +70,14 @@ def add_product_(out: Tensor, grad: Tensor, x: Tensor) -> None:
 
 class FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, local: Tensor, ignored: Tensor, plan: Plan) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, local: Tensor, ignored: Tensor, plan: Plan, graded: bool
+    ) -> Tensor:
         rows = x.detach().reshape(local.numel(), x.shape[-1])
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=x.device)
-        dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        dx = torch.empty_like(rows) if graded and ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight, dtype=wide) if graded and ctx.needs_input_grad[1] else None
         for at in range(0, len(rows), plan.chunk):
             part = slice(at, at + plan.chunk)
             logits = torch.mm(rows[part], weight.t())
@@ -85,9 +87,8 @@ class FusedLoss(torch.autograd.Function):
                 torch.mm(grad, weight, out=dx[part])
             if dw is not None:
                 add_product_(dw, grad, rows[part])
-        ctx.dx, ctx.dw, ctx.plan, ctx.shape = dx, dw, plan, x.shape
-        ctx.like = weight.dtype
-        ctx.used = False
+        ctx.save_for_backward(dx, dw)  # for whoever counts or moves what is saved
+        ctx.plan, ctx.shape, ctx.like, ctx.used = plan, x.shape, weight.dtype, False
         return loss
 
     @staticmethod
@@ -96,7 +97,7 @@ class FusedLoss(torch.autograd.Function):
         if ctx.used:
             raise UsedUpError("the fused loss has given its gradient away; run the forward again, not the backward")
         ctx.used = True
-        dx, dw, ctx.dx, ctx.dw = ctx.dx, ctx.dw, None, None
+        dx, dw = ctx.saved_tensors
         if dx is not None:
             dx = dx.mul_(grad.to(dx.dtype)).view(ctx.shape)
         dweight = None
@@ -107,7 +108,7 @@ class FusedLoss(torch.autograd.Function):
             else:
                 dweight = torch.empty_like(dw, dtype=ctx.like)
                 write(dweight, False)
-        return dx, dweight, None, None, None
+        return dx, dweight, None, None, None, None
 
 
 def _losses(logits: Tensor, local: Tensor, ignored: Tensor, plan: Plan, graded: bool) -> tuple[Tensor, Tensor]:
@@ -171,5 +172,6 @@ def fused_loss(x: Tensor, weight: Tensor, local: Tensor, ignored: Tensor, plan: 
     """
     if plan.chunk < 1:
         raise ValueError(f"a chunk of {plan.chunk} tokens; at least 1")
-    loss: Tensor = FusedLoss.apply(x, weight, local, ignored, plan)  # type: ignore[no-untyped-call]
+    graded = torch.is_grad_enabled()  # inside the function it never is
+    loss: Tensor = FusedLoss.apply(x, weight, local, ignored, plan, graded)  # type: ignore[no-untyped-call]
     return loss

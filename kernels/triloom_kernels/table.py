@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .attention import attention
+from .cross_entropy import shard_gradient, shard_statistics, whole_loss_and_gradient
 from .dropout import bias_dropout_residual, dropout
 from .geglu import geglu
 from .gelu import bias_gelu, gelu
@@ -29,6 +30,9 @@ EAGER: Mapping[str, Function] = {
     "attention": attention,
     "bias_dropout_residual": bias_dropout_residual,
     "bias_gelu": bias_gelu,
+    "cross_entropy_both": whole_loss_and_gradient,
+    "cross_entropy_gradient": shard_gradient,
+    "cross_entropy_statistics": shard_statistics,
     "dropout": dropout,
     "geglu": geglu,
     "gelu": gelu,
@@ -46,6 +50,9 @@ TRITON: Mapping[str, str] = {
     "attention": "attention.flash.flash_attention",
     "bias_dropout_residual": "counted_dropout.bias_dropout_residual",
     "bias_gelu": "biased_gelu.bias_gelu",
+    "cross_entropy_both": "softmax_loss.whole_loss_and_gradient",
+    "cross_entropy_gradient": "softmax_loss.shard_gradient",
+    "cross_entropy_statistics": "softmax_loss.shard_statistics",
     "dropout": "counted_dropout.dropout",
     "geglu": "gated.geglu",
     "gelu": "biased_gelu.gelu",

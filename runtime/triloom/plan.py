@@ -172,6 +172,7 @@ def decoder_config(m: ModelConfig, data_vocab: int) -> DecoderConfig:
         "max_seq": m.seq,
         "dropout": m.dropout,
         "norm_eps": m.norm_eps,
+        "fused_loss": m.fused_loss,
     }
     values |= {name: given for name in ("tied", "bias") if (given := getattr(m, name)) is not None}
     if m.shape == "llama":

@@ -5,7 +5,10 @@ Activations are ``[b, s, h]``, or ``[s / tp, b, h]`` under sequence parallelism.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+from triloom_kernels.fused_loss import CHUNK
 
 from ..errors import ConfigError
 from ..mesh import check_divides
@@ -21,9 +24,11 @@ from ..tp import (
     VocabParallelEmbedding,
     gather_vocab,
     layout_of,
+    loss_parts,
     loss_weight,
     parameter,
     vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
 )
 from .attention import Attention, RopeTables
 from .config import DecoderConfig
@@ -138,16 +143,36 @@ class Loss(nn.Module):
             uneven=True,
             std=config.init_std,
         )
+        self._parts, self._fused = loss_parts(scope.kernels, scope.device), config.fused_loss
 
     def forward(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """``(sum of the losses, number of targets that count)``."""
+        x, targets = self.norm(x), self.layout.tokens(targets)
+        if self._fuses(x, targets):
+            return vocab_parallel_linear_cross_entropy(
+                x,
+                self.head.weight,
+                targets,
+                group=self.scope.tp,
+                vocab=self.vocab,
+                sequence=self.layout.sequence,
+                sink=self.scope.grads,
+                parts=self._parts,
+            )
         return vocab_parallel_cross_entropy(
-            self.head(self.norm(x)),
-            self.layout.tokens(targets),
+            self.head(x),
+            targets,
             group=self.scope.tp,
             vocab=self.vocab,
+            parts=self._parts,
             in_place=True,  # nothing else reads the logits
         )
+
+    def _fuses(self, x: Tensor, targets: Tensor) -> bool:
+        """If not told: on a GPU, for more tokens than a chunk, and not in fp16, whose gradients need a scale first."""
+        if self._fused is not None:
+            return self._fused
+        return x.is_cuda and targets.numel() > CHUNK and x.dtype != torch.float16
 
     def weight(self, targets: Tensor) -> Tensor:
         """Number of targets that count, 0-dim fp64."""

@@ -42,6 +42,9 @@ class DecoderConfig:
     """One matrix for the token embedding and the output projection."""
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    fused_loss: bool | None = None
+    """Compute the output projection with its loss, 4096 tokens at a time, so that the logits never exist whole; None:
+    on a GPU, for more tokens than that."""
     init_std: float = 0.02
     """Deviation of the initial weights; projections into the residual stream take it over sqrt(2 layers) (GPT-2)."""
 
@@ -98,6 +101,7 @@ def llama(
     rope_theta: float = 10000.0,
     norm_eps: float = 1e-5,
     init_std: float = 0.02,
+    fused_loss: bool | None = None,
 ) -> DecoderConfig:
     """Llama shape (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases by default.
 
@@ -117,6 +121,7 @@ def llama(
         rope_theta=rope_theta,
         norm_eps=norm_eps,
         init_std=init_std,
+        fused_loss=fused_loss,
     )
 
 
@@ -135,6 +140,7 @@ def gpt2(
     attention_dropout: float = 0.0,
     norm_eps: float = 1e-5,
     init_std: float = 0.02,
+    fused_loss: bool | None = None,
 ) -> DecoderConfig:
     """GPT-2 shape (Radford et al., 2019): LayerNorm, learned positions, GELU, biases, tied output projection.
 
@@ -157,4 +163,5 @@ def gpt2(
         tied=tied,
         norm_eps=norm_eps,
         init_std=init_std,
+        fused_loss=fused_loss,
     )

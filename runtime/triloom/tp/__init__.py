@@ -8,7 +8,12 @@ from .comm import (
     scatter_to_sequence,
     unscatter_from_sequence,
 )
-from .cross_entropy import loss_weight, vocab_parallel_cross_entropy
+from .cross_entropy import (
+    loss_parts,
+    loss_weight,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
 from .dropout import Dropout, HeadDropout
 from .embedding import VocabParallelEmbedding
 from .layout import Layout, layout_of
@@ -32,6 +37,7 @@ __all__ = [
     "gather_vocab",
     "layout_of",
     "linear",
+    "loss_parts",
     "loss_weight",
     "parameter",
     "reduce_from_tp",
@@ -40,4 +46,5 @@ __all__ = [
     "scatter_to_sequence",
     "unscatter_from_sequence",
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]
