@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from hf_cases import MODELS, batch, converted, our_engine, their_loss, theirs
+from triloom.cli import main
+from triloom.config import load
 from triloom.errors import ConfigError
 from triloom.groups.base import Group
 from triloom.groups.solo import Solo
@@ -17,7 +19,9 @@ from triloom.groups.threads import run_threads
 from triloom.hf.convert import load_folder, save_folder
 from triloom.hf.weights import open_weights
 from triloom.models import decoder, llama
+from triloom.runlog import read_metrics
 from triloom.scope import Scope
+from triloom.train import prepare
 
 transformers = pytest.importorskip("transformers")
 
@@ -133,3 +137,59 @@ def test_a_folder_of_another_model_changes_nothing_on_any_rank(tmp_path: Path) -
         assert all(torch.equal(v, before[k]) for k, v in engine.full_state().items())
 
     run_threads(2, body)
+
+
+# ---------------------------------------------------------------- triloom checkpoint convert
+
+
+@pytest.mark.parametrize("which", ["llama", "gpt2"])
+def test_a_folder_becomes_a_run_and_a_run_a_folder(
+    tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on from the converted weights: its first loss is that of transformers on the same tokens."""
+    model = theirs(which, torch.float32)
+    model.save_pretrained(tmp_path / "hf")
+    run, back = str(tmp_path / "run"), str(tmp_path / "back")
+    assert main(["checkpoint", "convert", str(tmp_path / "hf"), run]) == 0
+    assert f"--run.resume {run}" in capsys.readouterr().out
+    assert main(["checkpoint", "convert", run, back]) == 0
+    for (name, p), (_, q) in zip(model.named_parameters(), again(Path(back)).named_parameters(), strict=True):
+        assert torch.equal(p.double(), q), name
+
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    new = str(tmp_path / "new")
+    words = f"--run.resume {run} --run.dir {new} --data.path {text} --data.tokenizer char --train.steps 2"
+    words += " --train.batch 4 --train.threads 1 --run.plot false --checkpoint.every 1 --train.eval_batches 0"
+    before = torch.get_num_threads()
+    assert main(["train", "--config", f"{run}/config.toml", *words.split()]) == 0
+    torch.set_num_threads(before)
+    config = load([*words.split()], f"{run}/config.toml").config
+    x, y = prepare(config, 1).batch(0, 0)
+    want = torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+    assert read_metrics(Path(new) / "metrics.jsonl")[0]["loss"] == pytest.approx(float(want.detach()), rel=1e-5)
+
+    trained = str(tmp_path / "trained")
+    assert main(["checkpoint", "convert", new, trained, "--vocab", "30", "--dtype", "bfloat16"]) == 0
+    assert again(Path(trained)).config.vocab_size == 30
+
+
+def test_what_convert_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs("llama").save_pretrained(tmp_path / "hf")
+    hf = str(tmp_path / "hf")
+    engine = our_engine(Solo(), open_weights(hf).config, torch.float64, {})
+    engine.save(tmp_path / "own")
+    small = tmp_path / "small.toml"
+    small.write_text("[model]\nhidden = 16\nheads = 4\nlayers = 2\n")
+    capsys.readouterr()
+    for words, message in (
+        ([hf], "takes FROM and TO"),
+        ([hf, hf], "is not an empty folder"),
+        ([hf, str(tmp_path / "x"), "--vocab", "9"], "are of a Hugging Face folder to be written"),
+        ([hf, str(tmp_path / "x"), "--config", str(small)], "model.hidden = 16, there 32"),
+        ([str(tmp_path / "own"), str(tmp_path / "x")], "does not say what model it is of; give the run's TOML"),
+        ([str(tmp_path / "own"), str(tmp_path / "x"), "--config", str(small)], "model.vocab is not given"),
+    ):
+        assert main(["checkpoint", "convert", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

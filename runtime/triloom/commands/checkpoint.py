@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.rules import suggest
 from ..config.schema import Section
 from ..errors import CheckpointError, ConfigError
+from .convert import ConvertOptions, convert
 from .options import describe, read
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ triloom checkpoint: look at checkpoints. FOLDER is one, a folder of some, or a r
 
   triloom checkpoint inspect FOLDER      step, mesh, and what is stored, the newest one's
   triloom checkpoint verify FOLDER       read every byte of all of them against its checksum
+  triloom checkpoint convert FROM TO     a checkpoint to a Hugging Face folder of a Llama or a GPT-2, or the reverse
 
 The exit code of verify is 1 if one of them is damaged.
 
@@ -172,4 +174,5 @@ class Action:
 ACTIONS: Mapping[str, Action] = {
     "inspect": Action(InspectOptions, inspect),
     "verify": Action(VerifyOptions, verify),
+    "convert": Action(ConvertOptions, convert),
 }
