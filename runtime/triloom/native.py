@@ -1,7 +1,8 @@
-"""Checked wrappers over the native kernels, and the same arithmetic in torch for other devices.
+"""Checked wrappers over the native kernels, and the same arithmetic for other devices.
 
-Each function takes CPU tensors to the extension and tensors of any other device through torch
-operations in the same order, one rounding each: the result has the same bits on both. Tensors
+Each function takes CPU tensors to the extension and tensors of any other device to the kernels of
+:mod:`triloom_kernels` or through torch operations, in the same order, one rounding each: the result has the same bits
+on all. Tensors
 must be contiguous. Kernels write through the pointer; the version counter of what they write is
 advanced, so that autograd notices, and no graph is recorded.
 
@@ -16,6 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+
+from triloom_kernels.adamw import adamw_ as eager_adamw_
+from triloom_kernels.table import default
 
 from . import _C
 from ._C import NativeError, Pool
@@ -53,6 +57,9 @@ HALVES = (torch.bfloat16, torch.float16)
 
 SUM_BLOCK: int = _C.SUM_BLOCK
 """Elements behind one partial of a sum of squares; cut a flat array at multiples of it to keep its partials."""
+
+_KERNELS = default()
+"""For devices other than the CPU."""
 
 REDUCE_CODES: Mapping[str, int] = {"sum": 0, "max": 1, "min": 2}
 
@@ -166,7 +173,7 @@ def adamw_(
     numbers = adamw_numbers(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale)
     _check_adamw(param, grad, exp_avg, exp_avg_sq, low)
     if param.device.type != "cpu":
-        adamw_reference(param, grad, exp_avg, exp_avg_sq, numbers, low)
+        _KERNELS.pick("adamw_", param.device)(param, grad, exp_avg, exp_avg_sq, numbers, low)
         return
     code = DTYPE_CODES[param.dtype]
     _C.adamw(
@@ -201,7 +208,6 @@ def _check_adamw(
         _check("low", low, HALVES, param)
 
 
-@torch.no_grad()
 def adamw_reference(
     param: torch.Tensor,
     grad: torch.Tensor,
@@ -210,20 +216,8 @@ def adamw_reference(
     numbers: AdamWNumbers,
     low: torch.Tensor | None = None,
 ) -> None:
-    """The update of :func:`adamw_` in torch operations, for any device; unchecked.
-
-    No addcmul, addcdiv, lerp or ``alpha``: they may fuse a multiplication with an addition on a
-    GPU; and no division by a number, which there is a multiplication by its reciprocal.
-    """
-    k = numbers
-    g = grad.reshape(param.shape).to(param.dtype) * k.grad_scale
-    m, v = exp_avg.view_as(param), exp_avg_sq.view_as(param)
-    m.mul_(k.beta1).add_(g * k.one_minus_beta1)
-    v.mul_(k.beta2).add_((g * k.one_minus_beta2) * g)
-    denominator = sqrt(v).mul_(k.inv_sqrt_correction).add_(k.eps)
-    param.mul_(k.decay).sub_((m * k.rate).div_(denominator))
-    if low is not None:
-        low.view_as(param).copy_(param)
+    """The update of :func:`adamw_` in torch operations, for any device; unchecked."""
+    eager_adamw_(param, grad, exp_avg, exp_avg_sq, numbers, low, sqrt=sqrt)
 
 
 def written(*tensors: torch.Tensor) -> None:
@@ -241,26 +235,12 @@ def sum_squares_partials(tensor: torch.Tensor, *, pool: Pool | None = None) -> t
     _check("tensor", tensor, FLOATS)
     n = tensor.numel()
     if tensor.device.type != "cpu":
-        return _partials_reference(tensor)
+        partials = _KERNELS.pick("square_sums", tensor.device)(tensor)
+        told = tensor if tensor.dtype == torch.float64 else partials  # the square of a finite fp32 number is finite
+        return partials, bool(told.isfinite().all())
     partials = torch.empty(-(-n // SUM_BLOCK), dtype=torch.float64)
     finite = _C.sum_squares_partials(tensor.data_ptr(), DTYPE_CODES[tensor.dtype], n, partials.data_ptr(), pool)
     return partials, finite
-
-
-@torch.no_grad()
-def _partials_reference(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """:func:`sum_squares_partials` in torch operations, for any device."""
-    n = tensor.numel()
-    blocks = -(-n // SUM_BLOCK)
-    terms = torch.zeros(blocks * SUM_BLOCK, dtype=torch.float64, device=tensor.device)
-    wide = tensor.reshape(-1).double()
-    torch.mul(wide, wide, out=terms[:n])
-    terms = terms.view(blocks, SUM_BLOCK)
-    half = SUM_BLOCK // 2
-    while half:
-        terms = terms[:, :half] + terms[:, half : 2 * half]
-        half //= 2
-    return terms.reshape(blocks), bool(torch.isfinite(tensor).all())
 
 
 def wide_sum(values: torch.Tensor) -> tuple[float, float]:

@@ -265,6 +265,9 @@ class RunLog(AbstractContextManager["RunLog"]):
             after = plural(metrics.step + 1, "step")
             self._line.say(f"held-out loss {evaluation.loss:.4f} after {after}: {evaluation}")
 
+    def say(self, text: str) -> None:
+        self._line.say(text)
+
     def finish(self, result: Result) -> None:
         speed = (self._tokens - self._before) / result.seconds
         how = "trained" if result.stopped is None else f"stopped by {result.stopped} after"

@@ -8,10 +8,10 @@ from typing import Any
 from triloom_kernels.cubins import resources
 from triloom_kernels.launching import recording
 
-from . import activations, attention, dropouts, losses, norms, ropes
+from . import activations, attention, dropouts, flats, losses, norms, ropes
 from .common import CubinCase
 
-MODULES = (activations, attention, dropouts, losses, norms, ropes)
+MODULES = (activations, attention, dropouts, flats, losses, norms, ropes)
 CASES: Mapping[str, CubinCase] = {name: case for module in MODULES for name, case in module.CUBINS.items()}
 
 BEYOND = 4

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from triloom_kernels.table import default
+
 from ..errors import ConfigError
 from ..native import reduce_ranks
 from .base import ReduceOp
@@ -33,6 +35,7 @@ With two ranks there is one addition and one rounding, which all three give: nat
 """
 SUMS: tuple[Sums, ...] = ("upcast", "ordered", "native")
 HALVES = (torch.bfloat16, torch.float16)
+_KERNELS = default()
 
 
 def choose(dtype: torch.dtype, op: ReduceOp, size: int, sums: Sums, exact: bool) -> Sums:
@@ -153,9 +156,17 @@ def _ordered_all_reduce(m: Move) -> Temporaries:
         parts = own.new_empty(m.size, own.numel())
     m.exchange([(piece, r) for r, piece in enumerate(pieces)], [(parts[r], r) for r in range(m.size)])
     with m.streams.scope():
-        reduce_ranks(own, list(parts), m.reduce)
+        _fold(own, parts, m.reduce)
     m.exchange([(own, r) for r in range(m.size)], [(piece, r) for r, piece in enumerate(pieces)])
     return (parts,)
+
+
+def _fold(out: torch.Tensor, parts: torch.Tensor, op: ReduceOp) -> None:
+    """``parts[0] op parts[1] op ...`` in rank order; a sum in one kernel."""
+    if op == "sum" and out.is_cuda and out.dtype in (torch.float32, *HALVES):
+        _KERNELS.pick("rank_sum_", out.device)(out, parts)
+    else:
+        reduce_ranks(out, list(parts), op)
 
 
 def _ordered_reduce_scatter(m: Move) -> Temporaries:
@@ -164,7 +175,7 @@ def _ordered_reduce_scatter(m: Move) -> Temporaries:
         parts = m.input.new_empty(m.size, n)
     m.exchange([(c, r) for r, c in enumerate(m.input.view(m.size, n))], [(parts[r], r) for r in range(m.size)])
     with m.streams.scope():
-        reduce_ranks(m.output, list(parts), m.reduce)
+        _fold(m.output, parts, m.reduce)
     return (parts,)
 
 

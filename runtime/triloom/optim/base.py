@@ -13,6 +13,8 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
+from triloom_kernels import adamw
+
 from .. import native
 from ..errors import ConfigError
 from .rates import LrSchedule
@@ -20,7 +22,7 @@ from .rates import LrSchedule
 Match = Callable[[str, tuple[int, ...]], bool]
 """Predicate on a parameter's global name (``unit.parameter``) and global shape."""
 
-BLOCK = 64
+BLOCK = adamw.BLOCK
 """Elements of a block of a block-wise rule. Shards and parameters start at multiples of it."""
 
 

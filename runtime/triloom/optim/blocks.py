@@ -1,4 +1,4 @@
-"""Block-wise 8-bit quantisation of optimizer states: the numbers, and the coding in torch.
+"""Block-wise 8-bit quantisation of optimizer states: the numbers (:mod:`triloom_kernels.adamw` has the coding).
 
 Dynamic tree numbers after Dettmers et al. (arXiv 2110.02861, section 1.3): the further below 1, the fewer the
 steps of a decade. Here a decade ``(10^-(e+1), 10^-e]`` with f bits left is cut into ``2^f`` equal steps, of
@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from .base import BLOCK
-
 
 class Table(NamedTuple):
     """256 numbers from -1 or 0 to 1, rising, and the 255 bounds between them: a value on a bound goes down."""
@@ -21,8 +19,8 @@ class Table(NamedTuple):
     numbers: torch.Tensor
     bounds: torch.Tensor
 
-    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Table:
-        return Table(self.numbers.to(device, dtype), self.bounds.to(device, dtype))
+    def to(self, dtype: torch.dtype) -> Table:
+        return Table(self.numbers.to(dtype), self.bounds.to(dtype))
 
 
 def _decades(bits: int) -> torch.Tensor:
@@ -54,20 +52,3 @@ def _unsigned() -> Table:
 
 SIGNED = _signed()
 UNSIGNED = _unsigned()
-
-
-def encode(values: torch.Tensor, table: Table) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (uint8, flat) and largest magnitudes of the blocks of ``values``, whose length BLOCK divides.
-
-    table: on the values' device, in their dtype.
-    """
-    rows = values.reshape(-1, BLOCK)
-    largest = rows.abs().amax(dim=1)
-    divisor = torch.where(largest == 0, torch.ones_like(largest), largest)
-    codes = torch.bucketize(rows / divisor[:, None], table.bounds)
-    return codes.to(torch.uint8).reshape(-1), largest
-
-
-def decode(codes: torch.Tensor, largest: torch.Tensor, table: Table) -> torch.Tensor:
-    """The flat values that codes stand for, in the dtype of ``largest``."""
-    return (table.numbers[codes.long()].view(-1, BLOCK) * largest[:, None]).reshape(-1)

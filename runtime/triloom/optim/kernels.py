@@ -8,16 +8,20 @@ contiguous, of one length and on one device (ConfigError), and, on the CPU, apar
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from .. import _C, native
+from triloom_kernels.adamw import adamw8_ as eager_adamw8_
+from triloom_kernels.table import default
+
+from .. import _C
 from ..errors import ConfigError
 from ..native import DTYPE_CODES, HALVES, AdamWNumbers, Pool, written
 from ..native import _check as check
 from .base import BLOCK
-from .blocks import SIGNED, UNSIGNED, decode, encode
+from .blocks import SIGNED, UNSIGNED
 
 
 class SgdNumbers(NamedTuple):
@@ -190,25 +194,15 @@ def adamw8_(
     for name, codes, largest in (("exp_avg", exp_avg, exp_avg_max), ("root", root, root_max)):
         check(name, codes, (torch.uint8,), param)
         check(f"{name}_max", largest, (param.dtype,), blocks)
-    if param.device.type != "cpu":
-        adamw8_reference(param, grad, exp_avg, exp_avg_max, root, root_max, numbers, low)
-        return
-    tables = _TABLES[param.dtype]
     states = (exp_avg, exp_avg_max, root, root_max)
+    tables = _tables(param.dtype, param.device)
+    if param.device.type != "cpu":
+        _KERNELS.pick("adamw8_", param.device)(param, grad, *states, numbers, tables, low)
+        return
     _C.adamw8(_addresses(param, grad, low), [t.data_ptr() for t in states], tables.data_ptr(), numbers, pool)
     written(param, *states, *(() if low is None else (low,)))
 
 
-def _joined(dtype: torch.dtype) -> torch.Tensor:
-    """Signed numbers and bounds, unsigned numbers and bounds, 256 entries each."""
-    pad = torch.zeros(1, dtype=torch.float64)
-    return torch.cat([SIGNED.numbers, SIGNED.bounds, pad, UNSIGNED.numbers, UNSIGNED.bounds, pad]).to(dtype)
-
-
-_TABLES = {dtype: _joined(dtype) for dtype in (torch.float32, torch.float64)}
-
-
-@torch.no_grad()
 def adamw8_reference(
     param: torch.Tensor,
     grad: torch.Tensor,
@@ -220,15 +214,17 @@ def adamw8_reference(
     low: torch.Tensor | None = None,
 ) -> None:
     """:func:`adamw8_` in torch operations, for any device; unchecked."""
-    k, flat = numbers, param.view(-1)
-    signed, unsigned = (t.to(param.dtype, param.device) for t in (SIGNED, UNSIGNED))
-    g = _scaled(flat, grad, k.grad_scale)
-    m = decode(exp_avg, exp_avg_max, signed).mul_(k.beta1).add_(g * k.one_minus_beta1)
-    r = decode(root, root_max, unsigned)
-    r = native.sqrt((r * r).mul_(k.beta2).add_((g * k.one_minus_beta2) * g))
-    flat.mul_(k.decay).sub_((m * k.rate).div_((r * k.inv_sqrt_correction).add_(k.eps)))
-    for values, table, codes, largest in ((m, signed, exp_avg, exp_avg_max), (r, unsigned, root, root_max)):
-        new, top = encode(values, table)
-        codes.copy_(new.view_as(codes))
-        largest.copy_(top.view_as(largest))
-    _copy(low, param)
+    states, tables = (exp_avg, exp_avg_max, root, root_max), _tables(param.dtype, param.device)
+    eager_adamw8_(param, grad, *states, numbers, tables, low, sqrt=native.sqrt)
+
+
+@cache
+def _tables(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Signed numbers and bounds, unsigned numbers and bounds: ``[4, 256]``."""
+    pad = torch.zeros(1, dtype=torch.float64)
+    rows = [row for table in (SIGNED, UNSIGNED) for row in (table.numbers, torch.cat([table.bounds, pad]))]
+    return torch.stack(rows).to(device, dtype)
+
+
+_KERNELS = default()
+"""For devices other than the CPU."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+from triloom_kernels.table import default
 
 from ..errors import ConfigError
 from ..groups.base import Group, Work
@@ -32,7 +34,7 @@ class Reduction(Protocol):
 class Then(Work):
     """Work and what is to be done with its result, once."""
 
-    def __init__(self, work: Work, finish: Callable[[], None]) -> None:
+    def __init__(self, work: Work, finish: Callable[[], Any]) -> None:
         self._work: Work | None = work
         self._finish = finish
 
@@ -87,22 +89,11 @@ class Quantized:
             raise ConfigError(f"block must be 8, 16, 32 or 64 (shards are cut at multiples of 64), got {self.block}")
 
     def post(self, group: Group, out: torch.Tensor, grads: torch.Tensor, memory: dict[str, torch.Tensor]) -> Work:
-        ranks = group.size
-        blocks = grads.view(ranks, -1, self.block).float()
-        scale = blocks.abs().amax(-1) / 127
-        unit = torch.where(scale > 0, scale, torch.ones_like(scale))
-        codes = (blocks / unit.unsqueeze(-1)).round().nan_to_num(0, 0, 0).to(torch.int8)
-        packed = _pack(codes.view(ranks, -1), scale)
+        quantise = _KERNELS.pick("quantise", grads.device)
+        add_up = _KERNELS.pick("dequantise_sum_", grads.device)
+        packed = quantise(grads.view(group.size, -1), self.block)
         received = torch.empty_like(packed)
-
-        def finish() -> None:
-            total = torch.zeros_like(blocks[0])
-            for row in received.view(torch.uint8).view(ranks, -1):
-                c, s = _unpack(row, out.numel(), self.block)
-                total += c.view(-1, self.block) * s.unsqueeze(-1)
-            _put(out, total.view(-1))
-
-        return Then(group.all_to_all(received, packed), finish)
+        return Then(group.all_to_all(received, packed), lambda: add_up(out, received, self.block))
 
     def volume(self, numel: int, ranks: int) -> float:
         return numel * (1 + 4 / self.block) * (ranks - 1) / ranks
@@ -129,22 +120,12 @@ class TopK:
     def post(self, group: Group, out: torch.Tensor, grads: torch.Tensor, memory: dict[str, torch.Tensor]) -> Work:
         ranks, n = group.size, out.numel()
         left = memory.setdefault("left", torch.zeros_like(grads))
-        pending = (left + grads).view(ranks, n)
-        indices = pending.abs().topk(self._count(n), dim=1).indices
-        values = pending.gather(1, indices)
-        sent = values.float()
-        if bool(pending.isfinite().all()):
-            left.copy_(pending.scatter(1, indices, values - sent.to(values.dtype)).view(-1))
-        packed = torch.stack([indices.int(), sent.view(torch.int32)], dim=-1).view(torch.int64).squeeze(-1)
+        take, add_up = (_KERNELS.pick(op, grads.device) for op in ("take_largest", "add_taken_"))
+        packed, rest = take(grads.view(ranks, n), left.view(ranks, n), self._count(n))
+        if bool(rest.isfinite().all()):
+            left.copy_(rest.view(-1))
         received = torch.empty_like(packed)
-
-        def finish() -> None:
-            total = torch.zeros_like(out)
-            for row in received.view(torch.int32).view(ranks, -1, 2):
-                total[row[:, 0].long()] += row[:, 1].contiguous().view(torch.float32).to(out.dtype)
-            out.copy_(total)
-
-        return Then(group.all_to_all(received, packed), finish)
+        return Then(group.all_to_all(received, packed), lambda: add_up(out, received))
 
     def volume(self, numel: int, ranks: int) -> float:
         return 8.0 * self._count(numel // ranks) * (ranks - 1)
@@ -154,17 +135,7 @@ def _put(out: torch.Tensor, values: torch.Tensor) -> None:
     out.copy_(values)
 
 
-def _pack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Codes and scales of each rank's part as int64 words, a dtype every group carries."""
-    raw = torch.cat([codes.contiguous().view(torch.uint8), scale.contiguous().view(torch.uint8)], dim=1)
-    padding = -raw.shape[1] % 8
-    return torch.nn.functional.pad(raw, (0, padding)).contiguous().view(torch.int64)
-
-
-def _unpack(row: torch.Tensor, n: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    scales = row[n : n + 4 * (n // block)].contiguous().view(torch.float32)
-    return row[:n].contiguous().view(torch.int8).float(), scales
-
+_KERNELS = default()
 
 REDUCTIONS: dict[str, Callable[[], Reduction]] = {
     "exact": Exact,
