@@ -16,7 +16,7 @@ import torch
 from triloom_kernels.adamw import adamw8_ as eager_adamw8_
 from triloom_kernels.table import default
 
-from .. import _C
+from .. import _C, native
 from ..errors import ConfigError
 from ..native import DTYPE_CODES, HALVES, AdamWNumbers, Pool, written
 from ..native import _check as check
