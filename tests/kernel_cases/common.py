@@ -19,6 +19,11 @@ INTERPRETED = (torch.float32, torch.float16)
 ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def computing(dtype: torch.dtype) -> torch.dtype:
+    """What kernels compute a dtype in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that torch.empty gives is full of NaN (of the largest number in integers)."""

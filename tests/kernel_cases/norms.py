@@ -66,7 +66,10 @@ def inputs(
 def check(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, *, biased: bool, seed: int = 0) -> None:
     norm = NORMS[name]
     tensors = inputs(norm, shape, dtype, device, biased, seed)
-    common.compare(function(norm, biased), reference(norm, dtype), tensors, seed=seed + 50)
+    # The gradient of few columns is a small difference of large terms: all of one column's but eps / x^2 cancels.
+    lost = {1: 2e4, 3: 300.0}.get(shape[-1], 1.0)
+    tolerance = max(common.TOLERANCE[dtype], lost * common.TOLERANCE[common.computing(dtype)])
+    common.compare(function(norm, biased), reference(norm, dtype), tensors, seed=seed + 50, tolerance=tolerance)
 
 
 def drawn(count: int, seed: int, *, wide: bool = False) -> list[tuple[str, tuple[int, ...], bool]]:
