@@ -162,6 +162,10 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
+"""Without these GPT-2 has those of its own vocabulary."""
+
+
 def from_json(config: Json) -> tuple[Family, DecoderConfig]:
     """The decoder that a config.json describes; dropout is a matter of training and left at 0. Raises ConfigError."""
     family = FAMILIES.get(str(config.get("model_type")))
@@ -193,8 +197,9 @@ def _foreign(family: Family, c: DecoderConfig) -> list[str]:
 
 
 def to_json(c: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a decoder. dtype: torch's name of what the tensors are stored in (two spellings: transformers 5
-    and before)."""
+    """config.json of a decoder, which knows no special tokens. dtype: torch's name of what the tensors are stored in
+    (two spellings: transformers 5 and before)."""
     family = family_of(c)
     fixed = {key: allowed[0] for key, allowed in family.fixed.items() if allowed[0] is not None}
-    return {"model_type": family.name, "dtype": dtype, "torch_dtype": dtype, **family.write(c), **fixed}
+    head = {"model_type": family.name, "dtype": dtype, "torch_dtype": dtype}
+    return {**head, **family.write(c), **fixed, **NO_TOKENS}
