@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -13,7 +13,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..memory import Ledger, Lives, UnitBytes
-from .cut import Boundary
+from .cut import Boundary, Pass
+
+Run = Callable[[], tuple[Boundary, Pass]]
 
 Storages = dict[int, int]
 """Bytes of storages, by identity."""
@@ -117,27 +119,27 @@ class Activations:
     def _sizes(self, unit: int, mb: int) -> UnitBytes:
         return self.measured[unit, self._step.signatures[mb]]
 
-    @contextmanager
-    def watch(self, unit: Any, mb: int, given: Any, again: bool = False) -> Iterator[list[Boundary]]:
-        """Around a forward with a graph of an ``executor.UnitRun``; its output is put into the list.
+    def watch(self, unit: Any, mb: int, given: Any, run: Run, again: bool = False) -> tuple[Boundary, Pass]:
+        """What ``run()`` gives, a forward with a graph of an ``executor.UnitRun``.
 
         given: a pytree of what the unit is called with; again: it is a recomputation.
         """
         key = (unit.index, self._step.signatures[mb])
-        out: list[Boundary] = []
-        if key in self._complete:
-            yield out
-        else:
-            counter = FlopCounterMode(display=False) if self._flops else None
-            with saved_tensors() as saved, counter or nullcontext():
-                yield out
-            self._complete.add(key)
-            sizes = unit_bytes(unit.module, saved, pytree.tree_leaves(given), out[0])
-            self.measured[key] = replace(sizes, flops=0 if counter is None else counter.get_total_flops())
+        made = run() if key in self._complete else self._measure(key, unit, given, run)
         if again:
             self._lives.recompute(unit.index, mb)
         else:
             self._lives.forward(unit.index, mb)
+        return made
+
+    def _measure(self, key: tuple[int, Hashable], unit: Any, given: Any, run: Run) -> tuple[Boundary, Pass]:
+        counter = FlopCounterMode(display=False) if self._flops else None
+        with saved_tensors() as saved, counter or nullcontext():
+            made = run()
+        self._complete.add(key)
+        sizes = unit_bytes(unit.module, saved, pytree.tree_leaves(given), made[0])
+        self.measured[key] = replace(sizes, flops=0 if counter is None else counter.get_total_flops())
+        return made
 
     def largest(self) -> dict[str, list[int]]:
         """By unit, the largest bytes of any batch signature, as ``memory.largest`` takes them."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,87 +21,10 @@ from ..verify import Held
 from . import cut
 from .activations import Activations
 from .cut import Boundary, Pass
-from .recompute import Keeper, Kept
-from .splitting import Splitter
-from .weight_grads import UnitGrads
+from .step_state import Handler, Recorder, StepState, UnitRun
 from .wire import TensorMeta, TreeMeta, Wire, encode, fill, meta_of
 
-
-@dataclass(frozen=True, slots=True)
-class UnitRun:
-    """A unit on this rank."""
-
-    index: int
-    module: torch.nn.Module
-    params: list[torch.nn.Parameter]
-    grads: UnitGrads
-    is_loss: bool = False
-    keeper: Keeper = field(default_factory=Keeper)
-    splitter: Splitter = field(default_factory=Splitter)
-
-
-@dataclass(slots=True)
-class StepState:
-    """Everything that lives for one step."""
-
-    inputs: Sequence[Boundary]
-    targets: Sequence[Any]
-    signatures: Sequence[Any]
-    """Shapes of each microbatch: the key of remembered boundary shapes."""
-    samples: Sequence[int]
-    """Global index of each microbatch's first sample."""
-    step: int
-    lr: float = 0.0
-    training: bool = True
-    weights: list[float] = field(default_factory=list)
-    total_weight: float = 0.0
-    loss_scale: float = 0.0
-    losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    loss: float = float("nan")
-    grad_norm: float = float("nan")
-    grad_scale: float = 1.0
-    """What the optimizer multiplies the gradient with: clipping over the loss scale."""
-    scale: float = 1.0
-    """The loss scale of this step."""
-    skipped: bool = False
-    """The gradient was not finite: nothing is updated."""
-    note: str = ""
-    diverged: str = ""
-    """Why the training cannot go on; empty if it can."""
-    notices: int = 0
-    """Bits that any rank had for all of them, joined."""
-    passes: dict[tuple[int, int], Pass] = field(default_factory=dict)
-    """(unit, microbatch) -> what its backward needs."""
-    outs: dict[tuple[int, int], Boundary] = field(default_factory=dict)
-    """(unit, microbatch) -> output of the unit, until its consumer or its SEND took it."""
-    kept: dict[tuple[int, int], Kept] = field(default_factory=dict)
-    """(unit, microbatch) -> input of a unit that is recomputed."""
-    recomputed: frozenset[int] = frozenset()
-    """Units whose activations are recomputed."""
-    carriers: dict[tuple[int, int], list[TensorMeta]] = field(default_factory=dict)
-    """(stage, microbatch) -> shapes of the gradients its backward will be given."""
-    grads: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
-    """(unit, microbatch) -> gradients of that unit's outputs."""
-    unknown: frozenset[Any] = frozenset()
-    """Signatures whose boundary shapes were unknown when the step began."""
-    apart: frozenset[int] = frozenset()
-    """Units that have a W of their own."""
-
-
-Handler = Callable[[Action, StepState], None]
-
-
-class Recorder(Protocol):
-    """Is told when each action of a list ran; :class:`triloom.spans.Spans` is one."""
-
-    def begin(self, actions: int) -> None:
-        """A list of so many actions starts."""
-
-    def action(self, action: Action, begin_ns: int, end_ns: int) -> None:
-        """The next action of the list is over."""
-
-    def wait(self, begin_ns: int, end_ns: int) -> None:
-        """The action under way waited for a tensor from another rank."""
+__all__ = ["Executor", "Handler", "Recorder", "StepState", "UnitRun"]
 
 
 class Executor:
@@ -159,6 +81,10 @@ class Executor:
 
     def run(self, actions: Sequence[Action], state: StepState) -> None:
         """Execute a verified list. Returns with every transfer done."""
+        with torch.enable_grad():  # once, and not around each of its calls
+            self._run(actions, state)
+
+    def _run(self, actions: Sequence[Action], state: StepState) -> None:
         if self._headers:
             self._forget(state)
         state.unknown = frozenset(state.signatures) - self._seen
@@ -253,9 +179,10 @@ class Executor:
             out, state.kept[unit.index, mb] = unit.keeper.forward(unit.module, x, bool(unit.params), *extra)
             self.activations.forward(unit, mb, out)
             return out
-        with self.activations.watch(unit, mb, (x.leaves, extra)) as made:
-            out, record = cut.forward(unit.module, x, *extra, inside=self._redirecting(unit, state))
-            made.append(out)
+        inside = self._redirecting(unit, state)
+        out, record = self.activations.watch(
+            unit, mb, (x.leaves, extra), lambda: cut.forward(unit.module, x, *extra, inside=inside)
+        )
         self._remember(unit, mb, record, state)
         return out
 
@@ -272,14 +199,16 @@ class Executor:
         mb = _mb(action)
         for u in self._subject_units(action):
             if u in state.recomputed:
-                unit = self._units[u]
-                extra = self._enter(unit, mb, state)
-                kept = state.kept.pop((u, mb))
-                with self.activations.watch(unit, mb, (kept.x.leaves, extra), again=True) as made:
-                    inside = self._redirecting(unit, state)
-                    out, record = unit.keeper.again(unit.module, kept, *extra, inside=inside)
-                    made.append(out)
-                self._remember(unit, mb, record, state)
+                self._recompute_unit(self._units[u], mb, state)
+
+    def _recompute_unit(self, unit: UnitRun, mb: int, state: StepState) -> None:
+        extra = self._enter(unit, mb, state)
+        kept, inside = state.kept.pop((unit.index, mb)), self._redirecting(unit, state)
+        again, given = unit.keeper.again, (kept.x.leaves, extra)
+        _, record = self.activations.watch(
+            unit, mb, given, lambda: again(unit.module, kept, *extra, inside=inside), again=True
+        )
+        self._remember(unit, mb, record, state)
 
     def _loss(self, unit: UnitRun, out: Boundary, mb: int, state: StepState) -> None:
         state.losses[mb] = out.leaves[0]

@@ -65,6 +65,8 @@ class UnitGrads:
 
     def flush(self, microbatch: int) -> None:
         """W: run what the backward of this microbatch left."""
-        with torch.no_grad():
-            for use, write in self.pending.pop(microbatch, ()):
-                use.write(write)
+        left = self.pending.pop(microbatch, None)
+        if left:
+            with torch.no_grad():
+                for use, write in left:
+                    use.write(write)
