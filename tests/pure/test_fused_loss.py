@@ -17,6 +17,8 @@ from triloom.groups.solo import Solo
 from triloom.groups.threads import run_threads
 from triloom.mesh import make_mesh
 from triloom.models import decoder, gpt2, llama
+from triloom.operations import operations
+from triloom.scope import Scope
 from triloom.shards import split_even
 from triloom.tp import vocab_parallel_linear_cross_entropy
 from triloom_kernels.cross_entropy import EAGER_PARTS, Parts, Terms
@@ -134,3 +136,26 @@ def test_models_train_alike(config: Any, ranks: int, tp: int, options: dict[str,
     assert fused[0] == pytest.approx(apart[0], rel=1e-12)
     for name, value in apart[1].items():
         close(fused[1][name], value)
+
+
+@pytest.mark.parametrize(("fused", "used"), [(None, {"statistics", "gradient"}), (True, {"both"})])
+def test_loss_takes_its_parts_from_the_table(fused: bool | None, used: set[str]) -> None:
+    called = set()
+
+    def noting(part: str) -> Any:
+        function = operations().pick(f"cross_entropy_{part}", "cpu")
+
+        def noted(*args: Any, **options: Any) -> Any:
+            called.add(part)
+            return function(*args, **options)
+
+        return noted
+
+    kernels = operations()
+    for part in ("statistics", "gradient", "both"):
+        kernels = kernels.using(f"cross_entropy_{part}", noting(part), "cpu")
+    loss = decoder(replace(llama(**SIZES), fused_loss=fused)).loss(Scope(kernels=kernels))
+    value, _ = loss(torch.randn(2, 4, 16), torch.zeros(2, 4, dtype=torch.int64))
+    value.backward()
+    # The eager `both` is made of eager parts, not of the table's.
+    assert called == used
