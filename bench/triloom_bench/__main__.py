@@ -43,7 +43,7 @@ BENCHES: dict[str, Bench] = {
         "the simulator's speed, and automatic schedules against their bound",
         (Launch(1, "schedules", structured=False, rounds=False),),
     ),
-    "zero": Bench("ZeRO-1 on dp=2 against DeepSpeed", (step("zero"),)),
+    "zero": Bench("ZeRO stages 1 to 3 on dp=2 against DeepSpeed and torch FSDP2", (step("zero"),)),
     "memory": Bench("peak memory of every rank, each contender alone", memory()),
     "adamw": Bench("the optimizer's update against torch's fused AdamW", (Launch(1, "adamw", structured=False),)),
     "comm": Bench("every collective and transfer, 8 B to 64 MiB, against MPI and gloo", (Launch(2, "comm"),)),

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +135,14 @@ CASES: dict[str, Case] = {
         pipeline=True,
     ),
     "zero": Case(
-        {"triloom zero1": Ours()},
-        {"DeepSpeed ZeRO-1": "deepspeed_zero:build"},
-        pairs("triloom zero1", ("DeepSpeed ZeRO-1",), 1.4, 1.25),
+        {f"triloom zero{stage}": Ours(placement=f"zero{stage}") for stage in (1, 2, 3)},
+        {**{f"DeepSpeed ZeRO-{n}": f"deepspeed_zero:stage{n}" for n in (1, 2, 3)}, "torch FSDP2": "fsdp2:build"},
+        both(
+            pairs("triloom zero1", ("DeepSpeed ZeRO-1",), 1.4, 1.0),
+            pairs("triloom zero2", ("DeepSpeed ZeRO-2",), 1.4, 1.0),
+            pairs("triloom zero3", ("DeepSpeed ZeRO-3",), 2.5, 1.0),
+            pairs("triloom zero3", ("torch FSDP2",), 2.0, 1.0),
+        ),
     ),
 }
 
@@ -173,6 +179,22 @@ def step_of(engine: Engine, setting: Setting) -> Step:
     return lambda i: engine.step(*setting.batch(i, dp.size, dp.rank)).loss
 
 
+def shares_of(engines: Mapping[str, Engine], setting: Setting, steps: int) -> dict[str, dict[str, float]]:
+    """Of each engine's steps, the part that its slowest rank waited for others or updated parameters in, in percent."""
+    out = {}
+    for name, engine in engines.items():
+        step, mine = step_of(engine, setting), dict[str, float]()
+        begin = time.perf_counter()
+        for i in range(steps):
+            step(i)
+            for kind, seconds in engine.state.spent.seconds().items():
+                mine[kind] = mine.get(kind, 0.0) + seconds
+        whole = time.perf_counter() - begin
+        everyone = gather_objects(setting.world.group, {kind: 100 * s / whole for kind, s in mine.items()})
+        out[name] = {kind: round(max(one[kind] for one in everyone), 1) for kind in mine}
+    return out
+
+
 def peer_builder(path: str) -> Build:
     """Imported late: one contender measured alone must not carry the others' libraries."""
     module, name = path.split(":")
@@ -180,14 +202,15 @@ def peer_builder(path: str) -> Build:
     return build
 
 
-def contenders(case: Case, size: Size, world: World) -> tuple[dict[str, Step], list[str]]:
-    """Everyone who can run, with equal weights, and notes on who cannot."""
+def contenders(case: Case, size: Size, world: World) -> tuple[dict[str, Step], dict[str, Engine], list[str]]:
+    """Everyone who can run, with equal weights; our engines; notes on who cannot."""
     batch = size.pipeline_batch if case.pipeline else size.batch
     batches = make_batches(size, batch)
     steps: dict[str, Step] = {}
+    engines: dict[str, Engine] = {}
     weights: State | None = None
     for name, ours in case.ours.items():
-        engine = engine_of(size, world, ours)
+        engines[name] = engine = engine_of(size, world, ours)
         weights = engine.full_state() if weights is None else weights
         steps[name] = step_of(engine, Setting(size, world, batches, None))
     notes = []
@@ -196,17 +219,21 @@ def contenders(case: Case, size: Size, world: World) -> tuple[dict[str, Step], l
             steps[name] = peer_builder(path)(Setting(size, world, batches, weights))
         except Absent as absent:
             notes.append(f"{name} absent: {absent}")
-    return steps, notes
+    return steps, engines, notes
 
 
 def run_case(name: str, size: Size, world: World, rounds: int) -> Result:
     case = CASES[name]
-    steps, notes = contenders(case, size, world)
+    steps, engines, notes = contenders(case, size, world)
     losses = {who: [step(i) for i in range(CHECKED_STEPS)] for who, step in steps.items()}
     means = harness.same_losses(world.group, losses, rtol=RTOL)
     sides = {who: blocks(step, size.steps) for who, step in steps.items()}
     times = harness.interleave(world.group, sides, rounds=rounds * size.repeat)
     batch = size.pipeline_batch if case.pipeline else size.batch
+    shares = shares_of(engines, Setting(size, world, make_batches(size, batch), None), size.steps * size.repeat)
+    for who, part in shares.items():
+        exposed, update = part["exposed"], part["optimizer"]
+        notes.append(f"{who}: {exposed}% of a step is exposed communication, {update}% the optimizer")
     return harness.summarise(
         f"{name}, {size.name}, {world.size} ranks x {world.threads} threads",
         "tokens/s",
@@ -216,6 +243,7 @@ def run_case(name: str, size: Size, world: World, rounds: int) -> Result:
         setup={
             "case": name, "size": vars(size), "ranks": world.size, "threads": world.threads, "global_batch": batch,
             "microbatches": MICROBATCHES if case.pipeline else 1, "dtype": "float32", "first_losses": means,
+            "percent_of_step": shares,
         },
         notes=notes,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO stage 1 on the CPU accelerator, fp32, over gloo, with its own compiled AdamW for CPUs."""
+"""DeepSpeed ZeRO stages 1 to 3 on the CPU accelerator, fp32, over gloo, with its own compiled AdamW for CPUs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
+from functools import partial
 from typing import Any
 
 from ..work import BETAS, CLIP, EPS, LR, Absent, Setting, Step
@@ -15,19 +16,19 @@ from .gpt import GPT, groups_of, token_loss
 INSTALL = 'pip install --no-build-isolation "triloom[bench]" (deepspeed and ninja; needs a C++ compiler)'
 
 
-def config(setting: Setting) -> dict[str, Any]:
+def config(setting: Setting, stage: int) -> dict[str, Any]:
     rows = setting.size.batch // setting.world.size
     return {
         "train_batch_size": setting.size.batch,
         "train_micro_batch_size_per_gpu": rows,
         "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": 1, "overlap_comm": False},
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
 
 
-def build(setting: Setting) -> Step:
+def build(setting: Setting, stage: int) -> Step:
     world = setting.world
     if importlib.util.find_spec("deepspeed") is None:
         raise Absent(INSTALL)
@@ -45,7 +46,7 @@ def build(setting: Setting) -> Step:
     model = GPT(setting.size, setting.weights)
     optimizer = DeepSpeedCPUAdam(groups_of(model.parameters()), lr=LR, betas=BETAS, eps=EPS, adamw_mode=True)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=config(setting), dist_init_required=False
+        model=model, optimizer=optimizer, config=config(setting, stage), dist_init_required=False
     )
 
     def step(i: int) -> float:
@@ -56,3 +57,8 @@ def build(setting: Setting) -> Step:
         return loss.item()
 
     return step
+
+
+stage1 = partial(build, stage=1)
+stage2 = partial(build, stage=2)
+stage3 = partial(build, stage=3)
