@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import __version__
+from .advice import advice
 from .commands.bench import run_bench
 from .commands.checkpoint import run_checkpoint
 from .commands.doctor import run_doctor
@@ -118,6 +119,9 @@ def run_train(words: Sequence[str]) -> int:
             if world.rank == 0:
                 _refuse(problem)
             return FAILED if isinstance(problem, DivergedError | CheckpointError) else REFUSED
+        except Exception as problem:  # the traceback ends with its notes, and it ends the job
+            problem.add_note(advice(problem))
+            raise
     return OK if result.stopped is None else STOPPED
 
 
