@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triloom_kernels import adamw, flat_adamw, ordered_sums, packed, packing, sums
+from triloom_kernels import adamw, flat_adamw, ordered_sums, packed, packing, sums, weight_product
 from triloom_kernels.adamw import BLOCK
 
-from .common import CubinCase, draw, poisoned
+from .common import TOLERANCE, CubinCase, draw, near, poisoned
 
 SIZES = (0, 1, 17, 64, 65, 127, 129, 1000)
 """Flat lengths."""
@@ -165,6 +165,15 @@ def check_largest(rows: int, n: int, count: int, dtype: torch.dtype, device: str
     assert (rest.abs().amax(1) <= (x + left).abs().sort(dim=1, descending=True).values[:, count - 1]).all()
 
 
+def check_weight_product(n: int, v: int, h: int, dtype: torch.dtype, device: str) -> None:
+    """Against fp64, from an accumulator that is not zero; rows apart."""
+    grad, x = draw(n, v + 3, seed=1, dtype=dtype, device=device)[:, :v], draw(n, h, seed=2, dtype=dtype, device=device)
+    out = draw(v, h, seed=3, dtype=torch.float32, device=device)
+    wanted = out.double() + grad.double().t() @ x.double()
+    weight_product.add_product_(out, grad, x)
+    near(out, wanted, TOLERANCE[torch.float32], "product")
+
+
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -197,7 +206,13 @@ def _pack() -> None:
     packed.unpack_add_(tensors, _meta(N))
 
 
+def _weight_product(bytes: int = 2) -> None:
+    dtype = torch.bfloat16 if bytes == 2 else torch.float32
+    weight_product.add_product_(_meta(4096, 4096), _meta(8192, 4096, dtype=dtype), _meta(8192, 4096, dtype=dtype))
+
+
 CUBINS = {
+    "weight_product": _case("weight_product", _weight_product),
     "adamw": _case(
         "adamw",
         lambda: flat_adamw.adamw_(

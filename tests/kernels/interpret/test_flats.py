@@ -58,3 +58,9 @@ def test_a_bucket_that_does_not_fit_is_refused() -> None:
         packing.check(torch.empty(4), [torch.empty(5)])
     with pytest.raises(ValueError, match="one dtype"):
         packing.check(torch.empty(4), [torch.empty(2), torch.empty(2).half()])
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED, ids=str)
+@pytest.mark.parametrize(("n", "v", "h"), [(1, 1, 1), (17, 33, 65), (70, 129, 20)])
+def test_weight_product(n: int, v: int, h: int, dtype: torch.dtype) -> None:
+    flats.check_weight_product(n, v, h, dtype, "cpu")
