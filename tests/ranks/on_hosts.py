@@ -1,7 +1,7 @@
-"""Ranks on simulated hosts: ``on_hosts.py host NAME RANKS SIZE ADDRESS OUT`` starts a host's ranks and waits for them.
+"""What runs on simulated hosts, inside namespaces of their own (network, processes, mounts, host name).
 
-It runs inside namespaces of its own (network, processes, mounts, host name), as test_two_hosts.py makes them; each rank
-is this program too: ``on_hosts.py rank OUT``.
+``on_hosts.py named NAME COMMAND ...`` makes a host of them and becomes the command; ``on_hosts.py ranks 0,1 SIZE
+ADDRESS OUT`` starts ranks as a cluster does that sets torch's ``env://`` variables; ``on_hosts.py rank OUT`` is a rank.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 PORT = "29400"
 
 
-def host(name: str, ranks: str, size: str, address: str, out: str) -> int:
-    """Name the host, give it a /dev/shm of its own, run its ranks; 0 if all of them end well."""
+def named(name: str, *command: str) -> int:
+    """Give the host its name and a /dev/shm of its own."""
     socket.sethostname(name)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
+    os.execvp(command[0], command)
+
+
+def ranks(numbers: str, size: str, address: str, out: str) -> int:
+    """Run this host's ranks; 0 if all of them end well."""
     env = {**os.environ, "WORLD_SIZE": size, "MASTER_ADDR": address, "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": "eth0"}
     command = [sys.executable, __file__, "rank", out]
-    started = [subprocess.Popen(command, env={**env, "RANK": rank}) for rank in ranks.split(",")]
+    started = [subprocess.Popen(command, env={**env, "RANK": number}) for number in numbers.split(",")]
     return max(abs(one.wait()) for one in started)
 
 
@@ -66,4 +71,4 @@ def rank(out: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit({"host": host, "rank": rank}[sys.argv[1]](*sys.argv[2:]))
+    sys.exit({"named": named, "ranks": ranks, "rank": rank}[sys.argv[1]](*sys.argv[2:]))
