@@ -15,6 +15,7 @@ import torch
 from ..groups.base import Work
 from ..placement import Placement
 from .flat import Bucket, Slot
+from .guard import guard_again, unguard
 from .precision import Precision
 from .segments import Call, Known, Segment, calls, cut, keep
 from .weight_grads import Accumulator
@@ -30,12 +31,15 @@ class Flat:
         self._bytes = self.tensor.untyped_storage().nbytes()
         self.moved: Callable[[int], None] | None = None
         """Is told of the bytes taken (or given back, negative)."""
+        self.guarded: list[torch.nn.Parameter] = []
+        """Views of it that must not be read while it is not whole."""
 
     def provide(self) -> torch.Tensor:
         """Take memory; the contents are undefined."""
         if not self.whole:
             self.tensor.untyped_storage().resize_(self._bytes)
             self.whole = True
+            unguard(self.guarded)
             if self.moved is not None:
                 self.moved(self._bytes)
         return self.tensor
@@ -45,6 +49,7 @@ class Flat:
         if self.whole:
             self.tensor.untyped_storage().resize_(0)
             self.whole = False
+            guard_again(self.guarded)
             if self.moved is not None:
                 self.moved(-self._bytes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class ShardedParameter(nn.Parameter):
     """A parameter whose storage is empty between uses; ``whole()`` tells, ``label`` names it.
 
     Made by changing the class of an ordinary parameter, so that modules keep the very object. Every torch
-    function it is passed to in Python is checked, about 2 us each; only sharded parameters pay it.
+    function it is passed to in Python is checked, about 2 us each; while its values are there it has its own class
+    again (``unguard``), so that only code that asks too early or too late pays that.
     """
 
     whole: Callable[[], bool]
@@ -54,5 +55,19 @@ class ShardedParameter(nn.Parameter):
 
 def guard(param: nn.Parameter, label: str, whole: Callable[[], bool]) -> None:
     """Make ``param`` a ShardedParameter."""
-    param.__class__ = ShardedParameter
+    if not isinstance(param, ShardedParameter):
+        param.own_class = type(param)  # type: ignore[attr-defined]
+        param.__class__ = ShardedParameter
     param.whole, param.label = whole, label  # type: ignore[attr-defined]
+
+
+def unguard(params: Iterable[nn.Parameter]) -> None:
+    """Their values are there."""
+    for p in params:
+        p.__class__ = p.own_class  # type: ignore[attr-defined]
+
+
+def guard_again(params: Iterable[nn.Parameter]) -> None:
+    """Their values have gone."""
+    for p in params:
+        p.__class__ = ShardedParameter

@@ -203,7 +203,9 @@ class ShardedState:
             use.param.data = state.params.tensor[slot.offset : slot.stop].view(slot.shape)
             out = grad[slot.offset : slot.stop].view(slot.shape)
         if state.residency.params:
-            guard(use.param, slot.name, lambda: state.params.whole)
+            if not others:
+                guard(use.param, slot.name, lambda: state.params.whole)
+                state.params.guarded.append(use.param)
             if not any(known is state for known in self._of_unit.setdefault(use.unit, [])):
                 self._of_unit[use.unit].append(state)
         self.uses[use.unit, id(use.param)] = accumulator = Accumulator(slot.name, out)
