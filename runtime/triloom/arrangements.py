@@ -20,8 +20,10 @@ BESIDE = ("run", "log", "check")
 """Sections that say nothing about the numbers."""
 
 BITWISE = frozenset(
-    {"schedule.kind", "schedule.file", "schedule.measured", "parallel.dp"}
-    | {f"placement.{name}" for name in ("name", "bucket_mb", "prefetch", "keep", "activations", "activation_mb")}
+    {"parallel.dp"}
+    | {f"schedule.{name}" for name in ("kind", "file", "measured", "memory")}
+    | {f"placement.{name}" for name in ("name", "bucket_mb", "prefetch", "keep", "persist")}
+    | {f"placement.{name}" for name in ("activations", "activation_mb")}
 )
 """Keys that change no bit on the same mesh, with the same microbatches and the same cadence. (Equal meshes have
 equal dp, whether it was given or left open.)"""
@@ -29,12 +31,13 @@ equal dp, whether it was given or left open.)"""
 SHARES: Mapping[str, tuple[float, float, float]] = {
     "float64": (1e-10, 1e-8, 1e-6),
     "float32": (1e-5, 1e-3, 0.1),
+    "float16": (2e-3, 2e-2, 0.2),
     "bfloat16": (1e-2, 0.1, 0.5),
 }
 """Precision of the coarsest numbers -> tolerances of loss, gradients and weights (``compare.Tolerance``). Seen on
 small decoders: a thousandth of the first two of float64 and float32, a tenth of bfloat16's."""
 QUANTISED = (1e-3, 0.0, 0.1)
-"""No less than this for an optimizer with 8-bit states, where rounding tips from one step of the scale to the next."""
+"""No less than this where an optimizer rounds its states, which then tip from one step of their scale to the next."""
 
 
 def alone(plan: Plan) -> Config:
@@ -44,15 +47,21 @@ def alone(plan: Plan) -> Config:
         config,
         parallel=ParallelConfig(dp=1),
         schedule=ScheduleConfig(microbatches=plan.microbatches * plan.dp),
-        placement=PlacementConfig(name="zero0", grad_dtype=config.placement.grad_dtype),
+        placement=PlacementConfig(
+            name="zero0",
+            grad_dtype=config.placement.grad_dtype,
+            state_dtype=config.placement.state_dtype,
+            rounding=config.placement.rounding,
+        ),
     )
 
 
 def in_float64(config: Config) -> Config:
+    """The same training with every number in fp64, but for what an optimizer keeps in 8 bits."""
     return replace(
         config,
         train=replace(config.train, dtype="float64"),
-        placement=replace(config.placement, grad_dtype=None),
+        placement=replace(config.placement, grad_dtype=None, state_dtype=None, rounding="master"),
     )
 
 
@@ -104,11 +113,11 @@ def tolerance(one: Plan, found: Mapping[str, tuple[str, str]]) -> Tolerance:
     coarsest = max(used, key=lambda name: float(torch.finfo(getattr(torch, name)).eps))
     eps = float(torch.finfo(getattr(torch, coarsest)).eps)
     if is_bitwise(found):
-        what = f"only {', '.join(found)} differ on the same mesh" if found else "it is the same run twice"
+        what = f"on the same mesh only {', '.join(found)} changes" if found else "it is the same run twice"
         return Tolerance(0.0, 0.0, 0.0, eps, what)
     shares = SHARES[coarsest]
     why = f"sums are added in another order in {coarsest}, since {', '.join(found)} differ"
-    if config.optim.kind == "adamw8bit":
+    if config.optim.kind == "adamw8bit" or config.placement.state_dtype is not None:
         shares = tuple(map(max, shares, QUANTISED))  # type: ignore[assignment]
-        why += ", and averages are rounded to 8 bits"
+        why += ", and the optimizer rounds its averages"
     return Tolerance(*shares, eps, why)

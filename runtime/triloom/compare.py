@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .boot import World
+from .errors import DivergedError
 from .groups.objects import gather_objects
 from .replicas import compare_replicas
 from .train import Job, make_engine
@@ -28,7 +29,7 @@ class Trace:
     start: Tensors
     """Weights before the first step."""
     grads: Tensors
-    """The first step's gradient, before clipping and without the loss scale."""
+    """Of the first step that was not skipped, before clipping and without the loss scale."""
     weights: Tensors
     replicated: int
     """Parameters of a rank that other ranks hold too, of the rank with most of them."""
@@ -39,7 +40,7 @@ class Trace:
 def trace(job: Job, world: World, steps: int) -> Trace:
     """Train ``steps`` steps of a job on all ranks of ``world``; collective.
 
-    Raises SetupError as training does, DivergedError if the gradient is not finite.
+    Raises SetupError as training does, DivergedError if the gradient is finite in no step.
     """
     engine = make_engine(job, world)
     start = _copy(engine.full_state())
@@ -48,8 +49,10 @@ def trace(job: Job, world: World, steps: int) -> Trace:
     for step in range(steps):
         metrics = engine.step(*job.batch(step, world.rank))
         losses.append(metrics.loss)
-        if step == 0:
+        if not grads and not metrics.skipped:
             grads = {name: g / metrics.scale for name, g in _copy(engine.full_state("grads")).items()}
+    if not grads:
+        raise DivergedError(f"no gradient of {steps} steps was finite ({metrics.note}); verify more steps")
     replicas = compare_replicas(engine)
     most = max(gather_objects(world.group, replicas.alike))
     weights = _copy(engine.full_state())

@@ -57,6 +57,7 @@ def said(config: str, words: str, capsys: pytest.CaptureFixture[str]) -> tuple[i
         "--parallel.tp 2 --parallel.pp 2 --parallel.sequence",
         "--parallel.dp 2 --model.shape gpt2 --placement.name zero3 --optim.kind lion",
         "--parallel.dp 2 --dtype own",
+        "--parallel.tp 2 --dtype own --train.dtype float16",
         "--ranks 3 --train.batch 9 --optim.kind adafactor",
         "--parallel.tp 2 --against --parallel.tp 1 --parallel.pp 2",
     ],
@@ -66,7 +67,7 @@ def test_meshes_equal_one_rank_and_each_other(config: str, words: str, capsys: p
     report = json.loads(out)
     assert code == 0 and report["equal"] and not report["problems"]
     assert not report["tolerance"]["bitwise"]
-    dtype = "float32" if "own" in words else "float64"
+    dtype = "float16" if "float16" in words else "float32" if "own" in words else "float64"
     assert [run["dtype"] for run in report["runs"]] == [dtype, dtype]
     assert len(report["losses"]) == 3 and report["losses"][0]["one"] == pytest.approx(5.5, abs=0.2)
     assert {tuple(d["shape"]) for d in report["tensors"]} >= {(256, 16), (16,)}
@@ -202,9 +203,12 @@ def test_the_coarsest_numbers_set_the_tolerance() -> None:
     assert shares("") == SHARES["float32"]
     assert shares("--train.dtype float64") == SHARES["float64"]
     assert shares("--train.dtype float64 --placement.grad_dtype bfloat16") == SHARES["bfloat16"]
-    assert shares("--optim.kind adamw8bit --train.dtype float64") == (QUANTISED[0], 1e-8, QUANTISED[2])
-    wide = in_float64(plan("--placement.grad_dtype bfloat16").config)
-    assert (wide.train.dtype, wide.placement.grad_dtype) == ("float64", None)
+    assert shares("--train.dtype float16") == SHARES["float16"]
+    for rounded in ("--optim.kind adamw8bit --train.dtype float64", "--placement.state_dtype bfloat16"):
+        assert shares(rounded)[0] == QUANTISED[0] and shares(rounded)[2] == QUANTISED[2]
+    rough = "--train.dtype bfloat16 --placement.grad_dtype bfloat16 --placement.rounding kahan"
+    wide = in_float64(plan(f"{rough} --placement.state_dtype bfloat16").config)
+    assert (wide.train.dtype, wide.placement) == ("float64", plan("").config.placement)
 
 
 def test_options_and_keys_are_told_apart() -> None:
