@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import triloom
 from triloom.budget import cheapest, choose
@@ -276,3 +277,34 @@ def test_an_input_changed_after_its_use_is_an_error() -> None:
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+class Sometimes(nn.Module):
+    """Changes its input in place from its second forward on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        return x.relu_() if self.forwards > 1 else x
+
+
+def test_a_unit_that_changes_its_input_only_later_is_named() -> None:
+    engine = Engine([nn.Linear(4, 4), Sometimes()], mean_loss(F.mse_loss), optimizer=AdamW())
+    x = torch.ones(2, 4)
+    engine.step(x, x)
+    with pytest.raises(TriloomError, match="Sometimes. changes its input in place now"):
+        engine.step(x, x)
+
+
+def test_hooks_on_what_a_unit_is_given_work_in_every_step() -> None:
+    engine = Engine([nn.Linear(4, 4), nn.Linear(4, 4)], mean_loss(F.mse_loss), optimizer=AdamW())
+    x = torch.ones(2, 4)
+    counts = []
+    for _ in range(3):
+        with FlopCounterMode(display=False) as counter:  # hooks every module's inputs
+            engine.step(x, x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == counts[2] > 0

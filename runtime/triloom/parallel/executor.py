@@ -181,7 +181,7 @@ class Executor:
             return out
         inside = self._redirecting(unit, state)
         out, record = self.activations.watch(
-            unit, mb, (x.leaves, extra), lambda: cut.forward(unit.module, x, *extra, inside=inside)
+            unit, mb, (x.leaves, extra), lambda: unit.keeper.run(unit.module, x, *extra, inside=inside)
         )
         self._remember(unit, mb, record, state)
         return out

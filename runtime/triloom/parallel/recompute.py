@@ -58,6 +58,24 @@ class Keeper:
         flags = tuple(differentiable and isinstance(y, torch.Tensor) and y.is_floating_point() for y in out.leaves)
         return Boundary(out.leaves, out.spec, flags), Kept(x, _versions(x), flags, draws if self._draws else {})
 
+    def run(
+        self, unit: nn.Module, x: Boundary, *extra: Any, inside: AbstractContextManager[Any] | None = None
+    ) -> tuple[Boundary, Pass]:
+        """The only forward of a unit that is not recomputed. inside: around the unit."""
+        before = _versions(x) if self._changes_input is None else ()
+        try:
+            out = cut.forward(unit, x, *extra, inside=inside, in_place=self._changes_input is not False)
+        except RuntimeError as error:
+            if self._changes_input is False and "leaf Variable that requires grad" in str(error):
+                raise TriloomError(
+                    f"a unit ({type(unit).__name__}) changes its input in place now and did not in its first run: let "
+                    "it change a copy"
+                ) from error
+            raise
+        if self._changes_input is None:
+            self._changes_input = _versions(x) != before
+        return out
+
     def again(
         self, unit: nn.Module, kept: Kept, *extra: Any, inside: AbstractContextManager[Any] | None = None
     ) -> tuple[Boundary, Pass]:
@@ -68,7 +86,8 @@ class Keeper:
                 "recompute the unit"
             )
         with _statistics_once(unit), _drawing(kept.draws):
-            out, record = cut.forward(unit, _copy(kept.x) if self._changes_input else kept.x, *extra, inside=inside)
+            x = _copy(kept.x) if self._changes_input else kept.x
+            out, record = cut.forward(unit, x, *extra, inside=inside, in_place=bool(self._changes_input))
         outputs = iter(record.outputs)
         made = [next(outputs) if now else None for now in out.needs_grad]
         return out, Pass(record.inputs, [y for y, said in zip(made, kept.flags, strict=True) if said])
