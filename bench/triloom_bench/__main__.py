@@ -53,6 +53,9 @@ BENCHES: dict[str, Bench] = {
         (Launch(2, "nanogpt", rounds=False),),
     ),
     "nccl": Bench("every collective over NCCL against torch's and cupy's; host cost", (Launch(0, "comm_nccl"),)),
+    "executor": Bench(
+        "what the executor adds to the torch calls of an action, units that do nothing", (Launch(1, "executor"),)
+    ),
     "group_latency": Bench(
         "operations of the MPI group: latency, bandwidth, overlap", (Launch(2, "group_latency", structured=False),)
     ),
