@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .placement import Placement as Placement
     from .placement import zero0 as zero0
     from .placement import zero1 as zero1
+    from .replicas import check_replicas as check_replicas
     from .scope import Scope as Scope
 
 __version__ = "0.1.0"
@@ -88,6 +89,7 @@ _HOME = {
     "parallel.skips": ("with_skips",),
     "parallel.splitting": ("second_pass",),
     "placement": ("Placement", "zero0", "zero1"),
+    "replicas": ("check_replicas",),
     "scope": ("Scope",),
 }
 """Module -> the public names it holds; the imports above say the same to type checkers."""
