@@ -19,8 +19,9 @@ from .rows import computing_type, rows_of, sum_rows, widen
 def _gelu_forward(
     x, bias, y, rows, width, stride, KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    chunks = tl.cdiv(width, WIDTH)
+    row = (tl.program_id(0) // chunks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.program_id(0) % chunks * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (row < rows) & (column < width)
     v = widen(tl.load(x + row * stride + column, mask=inside, other=0.0))
     if bias is not None:
@@ -34,11 +35,12 @@ def _gelu_backward(
     KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Row blocks in turns; without ``parts`` there is a program for each."""
-    program = tl.program_id(0)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    chunks = tl.cdiv(width, WIDTH)
+    program, first = tl.program_id(0) // chunks, tl.program_id(0) % chunks * WIDTH
+    column = first + tl.arange(0, WIDTH)[None, :]
     b = 0.0 if bias is None else widen(tl.load(bias + column, mask=column < width, other=0.0))
     sums = tl.zeros([ROWS, WIDTH], tl.float64 if dx.dtype.element_ty == tl.float64 else tl.float32)
-    for block in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0) // chunks):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         inside = (row < rows) & (column < width)
         g = widen(tl.load(grad + row * grad_stride + column, mask=inside, other=0.0))
@@ -47,7 +49,7 @@ def _gelu_backward(
         tl.store(dx + row * width + column, g.to(dx.dtype.element_ty), mask=inside)
         sums += g
     if parts is not None:
-        columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        columns = first + tl.arange(0, WIDTH)
         tl.store(parts + program.to(tl.int64) * width + columns, tl.sum(sums, 0), mask=columns < width)
 
 
@@ -61,7 +63,7 @@ class BiasGELU(torch.autograd.Function):
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         options = tuning.options("gelu", architecture(x.device), width=width)
         del options["PROGRAMS"]
-        grid = triton.cdiv(rows, options["ROWS"]), triton.cdiv(width, options["WIDTH"])
+        grid = (triton.cdiv(rows, options["ROWS"]) * triton.cdiv(width, options["WIDTH"]),)
         launch(_gelu_forward, grid, v, bias, y, rows, width, v.stride(0), KIND=kind, **options)
         ctx.save_for_backward(v, bias)
         ctx.kind, ctx.shape = kind, x.shape
@@ -80,7 +82,7 @@ class BiasGELU(torch.autograd.Function):
             programs = min(most, programs)
             parts = x.new_empty(1, programs, width, dtype=computing_type(x.dtype))
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        grid = programs, triton.cdiv(width, options["WIDTH"])
+        grid = (programs * triton.cdiv(width, options["WIDTH"]),)
         strides = g.stride(0), x.stride(0)
         launch(_gelu_backward, grid, g, x, bias, dx, parts, rows, width, *strides, KIND=ctx.kind, **options)
         return dx.view(ctx.shape), None if parts is None else sum_rows(parts, bias.dtype)[0], None

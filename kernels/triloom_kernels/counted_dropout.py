@@ -36,12 +36,13 @@ def _drop(
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr, QUADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Row blocks in turns. Row r starts at index ``base + r // inner * outer_step + r % inner * inner_step``."""
-    program, first = tl.program_id(0), tl.program_id(1) * WIDTH
+    chunks = tl.cdiv(width, WIDTH)
+    program, first = tl.program_id(0) // chunks, tl.program_id(0) % chunks * WIDTH
     column = first + tl.arange(0, WIDTH)[None, :]
     base = (base_high.to(tl.int64) << 32) | (base_low.to(tl.int64) & 0xFFFFFFFF)
     b = 0.0 if bias is None else widen(tl.load(bias + column, mask=column < width, other=0.0))
     sums = tl.zeros([ROWS, WIDTH], tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32)
-    for block in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0) // chunks):
         number = block * ROWS + tl.arange(0, ROWS)[:, None]
         row, inside = number.to(tl.int64), (number < rows) & (column < width)
         start = base + (number // inner).to(tl.int64) * outer_step + (number % inner).to(tl.int64) * inner_step
@@ -113,7 +114,7 @@ def _run(
         programs = min(most, programs)
         parts = torch.empty(1, programs, width, dtype=computing_type(dtype), device=x.device)
     launch(
-        _drop, (programs, triton.cdiv(width, options["WIDTH"])), v, bias, r, y, parts, rows, width, v.stride(0),
+        _drop, (programs * triton.cdiv(width, options["WIDTH"]),), v, bias, r, y, parts, rows, width, v.stride(0),
         0 if r is None else r.stride(0), inner, outer_step, inner_step, strides[-1], *_halves(key), *_halves(base),
         THRESHOLD=int(p * 2**32), SCALE=1.0 / (1.0 - p), enable_fp_fusion=False,
         QUADS=strides[-1] == 1 and all(n % 4 == 0 for n in (base, outer_step, inner_step)), **options,

@@ -23,8 +23,9 @@ from .rows import rows_of, widen
 def _gated_forward(
     gate_up, y, rows, width, stride, KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    chunks = tl.cdiv(width, WIDTH)
+    row = (tl.program_id(0) // chunks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.program_id(0) % chunks * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (row < rows) & (column < width)
     gate = widen(tl.load(gate_up + row * stride + column, mask=inside, other=0.0))
     up = widen(tl.load(gate_up + row * stride + width + column, mask=inside, other=0.0))
@@ -35,8 +36,9 @@ def _gated_forward(
 def _gated_backward(
     grad, gate_up, out, rows, width, grad_stride, stride, KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    chunks = tl.cdiv(width, WIDTH)
+    row = (tl.program_id(0) // chunks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.program_id(0) % chunks * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (row < rows) & (column < width)
     g = widen(tl.load(grad + row * grad_stride + column, mask=inside, other=0.0))
     gate = widen(tl.load(gate_up + row * stride + column, mask=inside, other=0.0))
@@ -58,7 +60,7 @@ class Gated(torch.autograd.Function):
         rows, width = x.shape[0], x.shape[1] // 2
         y = x.new_empty(rows, width)
         options = tuning.options("gated", architecture(x.device), width=width)
-        grid = triton.cdiv(rows, options["ROWS"]), triton.cdiv(width, options["WIDTH"])
+        grid = (triton.cdiv(rows, options["ROWS"]) * triton.cdiv(width, options["WIDTH"]),)
         launch(_gated_forward, grid, x, y, rows, width, x.stride(0), KIND=kind, **options)
         ctx.save_for_backward(x)
         ctx.kind, ctx.shape = kind, gate_up.shape
@@ -72,7 +74,7 @@ class Gated(torch.autograd.Function):
         rows, width = g.shape
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         options = tuning.options("gated", architecture(x.device), width=width)
-        grid = triton.cdiv(rows, options["ROWS"]), triton.cdiv(width, options["WIDTH"])
+        grid = (triton.cdiv(rows, options["ROWS"]) * triton.cdiv(width, options["WIDTH"]),)
         launch(_gated_backward, grid, g, x, out, rows, width, g.stride(0), x.stride(0), KIND=ctx.kind, **options)
         return out.view(ctx.shape), None
 

@@ -108,14 +108,17 @@ def _load_pair(grad, x, weight, mean, rstd, at, column, inside, width, grad_stri
 @triton.jit
 def _norm_backward(
     grad, grad_total, x, weight, rstd_in, mean_in, dx, dw, db, rows, width, grad_stride, total_stride, x_stride,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Row blocks in turns, ROWS whole rows at a time; the sums of dw and db stay in registers."""
+    """Row blocks in turns, ROWS whole rows at a time; the sums of dw and db stay in registers.
+
+    STAGES - 1 blocks are on their way from memory while one is computed.
+    """
     program = tl.program_id(0)
     column = tl.arange(0, WIDTH)[None, :]
     dw_sum = tl.zeros([ROWS, WIDTH], rstd_in.dtype.element_ty)
     db_sum = tl.zeros([ROWS, WIDTH], rstd_in.dtype.element_ty)
-    for block in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         live, at = row < rows, row[:, None]
         inside = live[:, None] & (column < width)
@@ -135,16 +138,16 @@ def _norm_backward(
             db_sum += g
     part = program.to(tl.int64) * width + tl.arange(0, WIDTH)
     if dw is not None:
-        tl.store(dw + part, tl.sum(dw_sum, 0), mask=tl.arange(0, WIDTH) < width)
+        tl.store(dw + part, tl.sum(dw_sum, 0).to(dw.dtype.element_ty), mask=tl.arange(0, WIDTH) < width)
     if db is not None:
-        tl.store(db + part, tl.sum(db_sum, 0), mask=tl.arange(0, WIDTH) < width)
+        tl.store(db + part, tl.sum(db_sum, 0).to(db.dtype.element_ty), mask=tl.arange(0, WIDTH) < width)
 
 
 @triton.jit
 def _add_to(sums, at, value, inside, first):
     """Add to what this program wrote before; the first time nothing is there."""
     old = tl.load(sums + at, mask=inside & (not first), other=0.0)
-    tl.store(sums + at, old + value, mask=inside)
+    tl.store(sums + at, (old + value).to(sums.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -234,7 +237,8 @@ class Normalise(torch.autograd.Function):
         options, wide = _configuration("norm_backward", x, width)
         programs = min(options.pop("PROGRAMS"), triton.cdiv(rows, options["ROWS"]))
         wanted = ctx.needs_input_grad[2], ctx.biased and ctx.needs_input_grad[3]
-        parts = rstd.new_empty(sum(wanted), programs, width)
+        # One program's sums are whole: no second launch, so they are rounded at once.
+        parts = rstd.new_empty(sum(wanted), programs, width, dtype=weight.dtype if programs == 1 else rstd.dtype)
         dw, db = parts[0] if wanted[0] else None, parts[-1] if wanted[1] else None
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         launch(

@@ -20,6 +20,7 @@ def test_strides(name: str) -> None:
     activations.check_strides(name, "cpu")
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("name", activations.ACTIVATIONS)
 def test_extremes(name: str) -> None:
     activations.check_extremes(name, "cpu")
