@@ -12,7 +12,7 @@ import torch
 
 from triloom.errors import GroupError, MismatchError
 from triloom.groups.base import DTYPES, REDUCE_OPS, Group, ReduceOp, Transfer, Work
-from triloom.groups.objects import agree, broadcast_object, gather_objects
+from triloom.groups.objects import HEAD_BYTES, agree, broadcast_object, gather_objects
 from triloom.groups.solo import Solo
 
 SIZES = (0, 1, 3, 7, 64, 1001, 4096, 20_011)
@@ -204,8 +204,11 @@ def objects(group: Group) -> None:
     assert gather_objects(group, {"rank": group.rank, "text": "é" * group.rank}) == [
         {"rank": r, "text": "é" * r} for r in range(group.size)
     ]
-    for root in range(group.size):
-        assert broadcast_object(group, [group.rank] * 5000, root) == [root] * 5000
+    for length in (0, HEAD_BYTES - 3, HEAD_BYTES - 2, HEAD_BYTES - 1, HEAD_BYTES + 6, 5000):  # and two quotes
+        texts = ["x" * (length if r == group.size - 1 else r) for r in range(group.size)]
+        assert gather_objects(group, texts[group.rank]) == texts
+        for root in range(group.size):
+            assert broadcast_object(group, texts[group.rank], root) == texts[root]
     agree(group, "the answer", {"a": 1})
     if group.size > 1:
         with pytest.raises(MismatchError, match=r"disagree on the seed: rank 0: 0; ranks? 1.*: 7"):

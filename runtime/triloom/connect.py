@@ -1,4 +1,10 @@
-"""Connecting the ranks of a job: a Group of all of them, and what ends the job and the transport."""
+"""Connecting the ranks of a job: a Group of all of them, and what ends the job and the transport.
+
+How it scales: for p ranks, about seven exchanges for the world and three to six for each split, every rank with every
+other: p - 1 messages of some hundred bytes a rank and exchange. Estimated from the cost of a small message, a world of
+1,000 takes tens of milliseconds over MPI, seconds over gloo, which also opens a connection for every pair. A collective
+of a connected group costs p - 1 messages a rank too, so groups that meet in every layer should be small.
+"""
 
 from __future__ import annotations
 
