@@ -47,6 +47,10 @@ BENCHES: dict[str, Bench] = {
     "memory": Bench("peak memory of every rank, each contender alone", memory()),
     "adamw": Bench("the optimizer's update against torch's fused AdamW", (Launch(1, "adamw", structured=False),)),
     "comm": Bench("every collective and transfer, 8 B to 64 MiB, against MPI and gloo", (Launch(2, "comm"),)),
+    "checkpoint": Bench(
+        "saving and loading against the disk's limit, safetensors, torch.save and DCP; stall of an asynchronous save",
+        (Launch(1, "checkpoint"),),
+    ),
     "data": Bench("cutting batches from every kind of source, and what it costs a step", (Launch(1, "data"),)),
     "nanogpt": Bench(
         "validation loss at nanoGPT's CPU settings against a plain PyTorch loop: a loss, not a time",

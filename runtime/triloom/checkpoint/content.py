@@ -75,11 +75,11 @@ def set_own(engine: Engine, found: Mapping[str, torch.Tensor]) -> None:
         kind, key, *place = name.split("/")
         if kind == "feedback":
             bucket = int(place[0].removeprefix("bucket"))
-            engine.state.buckets[bucket].memory[key] = values.clone().to(engine.scope.device)
+            engine.state.buckets[bucket].memory[key] = values.to(engine.scope.device)
     if f"rng/cpu/rank{rank}" in found:
-        torch.set_rng_state(found[f"rng/cpu/rank{rank}"].clone())
+        torch.set_rng_state(found[f"rng/cpu/rank{rank}"])
     if f"rng/cuda/rank{rank}" in found and engine.scope.device.type == "cuda":
-        torch.cuda.set_rng_state(found[f"rng/cuda/rank{rank}"].clone(), engine.scope.device)
+        torch.cuda.set_rng_state(found[f"rng/cuda/rank{rank}"], engine.scope.device)
 
 
 def _fixed(engine: Engine) -> list[StatePiece]:

@@ -1,12 +1,13 @@
 """Loading a checkpoint into an engine, on whatever mesh it was written.
 
-First every rank reads what it needs into host memory and checks it; only when all have it is the engine changed. So a
-checkpoint that is damaged, or of another model, leaves the engine as it was.
+First every rank reads and checks all that it needs, and keeps nothing; only when every rank has found it good is it
+read again, into the engine. So a checkpoint that is damaged, or of another model, leaves the engine as it was, without
+memory for a second copy of the state. Fresh memory would cost more than the second reading, from the page cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,14 @@ from ..parallel.pieces import StatePiece, spread
 from ..together import agree_on, together
 from . import content
 from .manifest import CODES, Manifest
-from .read import Want, read, read_manifest
+from .read import Want, check, read, read_manifest
 
 if TYPE_CHECKING:
     from ..engine import Engine
+
+
+VIA_HOST = 256 << 20
+"""Bytes that are in host memory at a time on their way to a device."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Restored:
 def load(engine: Engine, folder: str | Path) -> Restored:
     """Set all of the engine's state to that of a checkpoint; collective, between steps.
 
-    Reads what this rank needs and no more; needs as much host memory besides. Raises CheckpointError on every rank,
-    and leaves the engine as it was, if a file is damaged or the checkpoint is of another model.
+    Reads what this rank needs and no more. Raises CheckpointError on every rank, and leaves the engine as it was, if a
+    file is damaged or the checkpoint is of another model.
     """
     folder = Path(folder)
     world = engine.world
@@ -55,22 +60,40 @@ def load(engine: Engine, folder: str | Path) -> Restored:
     together(world, lambda: _check(pieces, manifest), CheckpointError)
     _check_complete(engine, pieces, manifest)
 
-    def fetch() -> list[Want]:
-        wants = [Want(p.tensor, p.part, torch.empty(p.part.numel, dtype=p.flat.dtype)) for p in [*pieces, *own]]
-        read(folder, manifest, wants)
-        return wants
-
-    wants = together(world, fetch, CheckpointError)
-    for piece, want in zip(pieces, wants, strict=False):
-        piece.flat.copy_(want.into)
-        if piece.home is not None:
-            piece.home.copy_(piece.flat.view(piece.home.shape))
-    content.set_own(engine, {p.tensor: w.into for p, w in zip(own, wants[len(pieces) :], strict=True)})
+    wanted = [*pieces, *own]
+    together(world, lambda: check(folder, manifest, [(p.tensor, p.part) for p in wanted]), CheckpointError)
+    together(world, lambda: _fill(folder, manifest, wanted), CheckpointError)
+    content.set_own(engine, {p.tensor: p.flat for p in own})
     for bucket in engine.state.buckets:
         bucket.calls = None  # they depend on single numbers among the states
     spread(engine.state)
     content.set_numbers(engine, manifest.state)
     return Restored(folder, manifest.step, manifest.extra, tuple(_notes(engine, manifest, same_layout)))
+
+
+def _fill(folder: Path, manifest: Manifest, pieces: Sequence[StatePiece]) -> None:
+    """Those on the host in place, those of a device by way of the host, some at a time."""
+    read(folder, manifest, [Want(p.tensor, p.part, p.flat) for p in pieces if p.flat.device.type == "cpu"])
+    for some in _batches([p for p in pieces if p.flat.device.type != "cpu"]):
+        wants = [Want(p.tensor, p.part, torch.empty(p.part.numel, dtype=p.flat.dtype)) for p in some]
+        read(folder, manifest, wants)
+        for piece, want in zip(some, wants, strict=True):
+            piece.flat.copy_(want.into)
+    for piece in pieces:
+        if piece.home is not None:
+            piece.home.copy_(piece.flat.view(piece.home.shape))
+
+
+def _batches(pieces: Sequence[StatePiece]) -> Iterator[list[StatePiece]]:
+    """Runs of at least one piece, and otherwise at most VIA_HOST bytes."""
+    some: list[StatePiece] = []
+    for piece in pieces:
+        if some and sum(p.flat.nbytes for p in some) + piece.flat.nbytes > VIA_HOST:
+            yield some
+            some = []
+        some.append(piece)
+    if some:
+        yield some
 
 
 def _same_layout(engine: Engine, manifest: Manifest) -> bool:

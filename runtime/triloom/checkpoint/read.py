@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -52,17 +53,26 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: {error}") from None
 
 
-def read(folder: Path, manifest: Manifest, wants: Sequence[Want]) -> None:
-    """Fill every ``into``, reading what that takes and no more (in blocks of BLOCK bytes, each of which is checked).
+def check(folder: Path, manifest: Manifest, wants: Iterable[tuple[str, Part]]) -> None:
+    """Read and check what :func:`read` would of parts of tensors, and keep nothing.
 
     Raises CheckpointError for a file that is missing, shorter or longer than it was, or damaged, and for a tensor that
     is not there.
     """
-    tasks = [task for want in wants for task in _tasks(manifest, want)]
-    items = [(task, block) for task in tasks for block in task.blocks()]
-    with _opened(folder, manifest, {t.stored.file for t in tasks}) as fds:
-        buffers = _Buffers()
-        _each(items, lambda item: item[0].take(item[1], folder, fds, buffers))
+    tasks = [task for tensor, part in wants for task in _tasks(manifest, tensor, part)]
+    _check_blocks(folder, manifest, {block for task in tasks for block in task.blocks()})
+
+
+def read(folder: Path, manifest: Manifest, wants: Sequence[Want]) -> None:
+    """Fill every ``into``, reading what that takes and no more (in blocks of BLOCK bytes, each of which is checked).
+
+    Raises as :func:`check` does, and leaves some of them filled then.
+    """
+    tasks = [(task, w.into) for w in wants for task in _tasks(manifest, w.tensor, w.part)]
+    items = [(task, into, block) for task, into in tasks for block in task.blocks()]
+    buffers = _Buffers()
+    with _opened(folder, manifest, {task.stored.file for task, _ in tasks}) as fds:
+        _each(items, lambda item: item[0].take(item[2], item[1], folder, fds, buffers))
 
 
 def read_tensor(folder: Path, manifest: Manifest, name: str) -> torch.Tensor:
@@ -77,21 +87,28 @@ def read_tensor(folder: Path, manifest: Manifest, name: str) -> torch.Tensor:
 def verify(folder: Path) -> Manifest:
     """Read everything; raises CheckpointError naming the first file that is missing or damaged, and the tensor."""
     manifest = read_manifest(folder)
-    blocks = [
+    blocks = {
         _Block(name, stored, block, t.itemsize)
         for name, t in manifest.tensors.items()
         for stored in t.pieces
         for block in range(len(stored.checksums))
-    ]
-    buffers = _Buffers()
-    with _opened(folder, manifest, set(manifest.files)) as fds:
-
-        def check(block: _Block) -> None:
-            with buffers.one(block.nbytes) as buffer:
-                block.read(folder, fds, buffer)
-
-        _each(blocks, check)
+    }
+    _check_blocks(folder, manifest, blocks, set(manifest.files))
     return manifest
+
+
+def _check_blocks(
+    folder: Path, manifest: Manifest, blocks: Iterable[_Block], files: AbstractSet[str] = frozenset()
+) -> None:
+    """In the order in which they lie on the disk. files: whose sizes and headers are checked besides."""
+    buffers, order = _Buffers(), sorted(blocks, key=lambda b: (b.stored.file, b.stored.offset, b.number))
+
+    def look(block: _Block) -> None:
+        with buffers.one(block.nbytes) as buffer:
+            block.read(folder, fds, buffer)
+
+    with _opened(folder, manifest, {b.stored.file for b in order} | files) as fds:
+        _each(order, look)
 
 
 # ---------------------------------------------------------------- one block
@@ -147,26 +164,25 @@ class _Block(NamedTuple):
 class _Task:
     """What one stored piece gives to one wanted one."""
 
-    want: Want
+    tensor: str
     stored: Stored
     meeting: Meeting
-    """Elements (one: in ``want.into``, two: in the stored piece), ascending in the stored piece."""
+    """Elements (one: in what is wanted, two: in the stored piece), ascending in the stored piece."""
     itemsize: int
 
-    def blocks(self) -> list[int]:
+    def blocks(self) -> list[_Block]:
         """Those of the stored piece that hold something wanted."""
         per = BLOCK // self.itemsize
         first, last = self.meeting.two // per, (self.meeting.two + self.meeting.length - 1) // per
         touched = np.zeros(len(self.stored.checksums) + 1, np.int64)
         np.add.at(touched, first, 1)
         np.add.at(touched, last + 1, -1)
-        found: list[int] = np.flatnonzero(np.cumsum(touched)[:-1]).tolist()
-        return found
+        numbers = np.flatnonzero(np.cumsum(touched)[:-1]).tolist()
+        return [_Block(self.tensor, self.stored, number, self.itemsize) for number in numbers]
 
-    def take(self, number: int, folder: Path, fds: Mapping[str, int], buffers: _Buffers) -> None:
+    def take(self, block: _Block, into: torch.Tensor, folder: Path, fds: Mapping[str, int], buffers: _Buffers) -> None:
         """Read a block and put what is wanted of it where it belongs."""
-        block = _Block(self.want.tensor, self.stored, number, self.itemsize)
-        lo = number * (BLOCK // self.itemsize)
+        lo = block.number * (BLOCK // self.itemsize)
         hi = lo + block.nbytes // self.itemsize
         one, two, length = self.meeting
         inside = slice(int(np.searchsorted(two + length, lo, "right")), int(np.searchsorted(two, hi, "left")))
@@ -175,11 +191,11 @@ class _Task:
         one, two, length = one + skip, two + skip, np.minimum(two + length, hi) - two - skip
         if len(one) == 1 and length[0] == hi - lo:  # all of it, in a row: no copy
             at = int(one[0]) * self.itemsize
-            block.read(folder, fds, _memory(self.want.into)[at : at + block.nbytes])
+            block.read(folder, fds, _memory(into)[at : at + block.nbytes])
             return
         with buffers.one(block.nbytes) as data:
             block.read(folder, fds, data)
-            scatter(self.want.into, data, Meeting(one, two - lo, length), self.itemsize)
+            scatter(into, data, Meeting(one, two - lo, length), self.itemsize)
 
 
 def _memory(flat: torch.Tensor) -> memoryview:
@@ -193,22 +209,22 @@ def _find(manifest: Manifest, name: str) -> Tensor:
     return manifest.tensors[name]
 
 
-def _tasks(manifest: Manifest, want: Want) -> Iterator[_Task]:
-    tensor = _find(manifest, want.tensor)
-    mine = runs(tensor.shape, want.part)
+def _tasks(manifest: Manifest, name: str, part: Part) -> Iterator[_Task]:
+    tensor = _find(manifest, name)
+    mine = runs(tensor.shape, part)
     found = 0
     for stored in tensor.pieces:
-        apart = stored.part.stop <= want.part.start or want.part.stop <= stored.part.start
-        if apart and stored.part.dim == want.part.dim and stored.part.slices == want.part.slices:
+        apart = stored.part.stop <= part.start or part.stop <= stored.part.start
+        if apart and stored.part.dim == part.dim and stored.part.slices == part.slices:
             continue  # other ranges of the same local tensor
         meeting = meet(mine, runs(tensor.shape, stored.part))
         if len(meeting.length):
             found += int(meeting.length.sum())
             order = np.argsort(meeting.two, kind="stable")
-            yield _Task(want, stored, Meeting(*(a[order] for a in meeting)), tensor.itemsize)
-    if found != want.part.numel:
-        where = local_shape(tensor.shape, want.part)
-        raise CheckpointError(f"{want.tensor}: {want.part.numel} elements of {where} wanted, the pieces have {found}")
+            yield _Task(name, stored, Meeting(*(a[order] for a in meeting)), tensor.itemsize)
+    if found != part.numel:
+        where = local_shape(tensor.shape, part)
+        raise CheckpointError(f"{name}: {part.numel} elements of {where} wanted, the pieces have {found}")
 
 
 def _pread(fd: int, into: memoryview, offset: int) -> int:
@@ -225,7 +241,7 @@ def _pread(fd: int, into: memoryview, offset: int) -> int:
 
 
 @contextmanager
-def _opened(folder: Path, manifest: Manifest, names: set[str]) -> Iterator[Mapping[str, int]]:
+def _opened(folder: Path, manifest: Manifest, names: AbstractSet[str]) -> Iterator[Mapping[str, int]]:
     """File descriptors by name; every file has its size and its header."""
     with ExitStack() as stack:
         fds: dict[str, int] = {}
