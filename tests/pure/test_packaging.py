@@ -73,7 +73,7 @@ def test_metadata() -> None:
     installed = importlib.metadata.metadata("triloom")
     assert installed["Requires-Python"] == ">=3.11"
     assert installed["Version"] == triloom.__version__
-    extras = {"bench", "mpi", "cuda12", "cuda13", "data", "log", "plot", "dev"}
+    extras = {"bench", "mpi", "cuda12", "cuda13", "data", "kernels", "log", "plot", "dev"}
     assert set(installed.get_all("Provides-Extra") or ()) == extras
     required = [line for line in installed.get_all("Requires-Dist") or () if "extra ==" not in line]
     assert sorted(line.partition(">")[0] for line in required) == ["numpy", "torch"]
