@@ -14,9 +14,12 @@ from ..launching import architecture
 from .backward import backward
 from .forward import forward
 from .problem import Packed, Problem, describe
+from .reference import attention_with_lse
 from .tiles import Options
 
 KERNELS = ("forward", "dots", "dkdv", "dq")
+FARTHEST = 2**31 // 256
+"""Elements from row to row; a tile has 128 rows."""
 
 
 def flash_attention(
@@ -34,8 +37,9 @@ def flash_attention(
 
     q: ``[b, heads, s, d]``; k, v: ``[b, kv_heads, t, d]``, kv_heads dividing heads (heads ``i * heads / kv_heads`` and
     the following share key head i); bfloat16, float16 or float32 (whose products are true fp32 products, not tf32, and
-    slow); d up to 256. Any strides whose last is 1, otherwise a copy is made. Returns ``[b, heads, s, d]`` in the order
-    of q's memory, computed in fp32 and rounded once.
+    slow); d up to 256. float64, which is for checks, is computed by the formula in torch operations. Any strides whose
+    last is 1, otherwise a copy is made. Returns ``[b, heads, s, d]`` in the order of q's memory, computed in fp32 and
+    rounded once.
 
     causal: a query sees no later keys; where lengths differ, the last query stands at the last key. window: a query
     sees keys at a distance below it only, itself included, on both sides if not causal. A query that sees nothing gets
@@ -65,6 +69,8 @@ def flash_attention_with_lse(
     The log is -inf where nothing is seen. Both may be differentiated: with the logs, results over parts of
     the keys can be combined.
     """
+    if q.dtype == torch.float64:
+        return attention_with_lse(q, k, v, causal=causal, window=window, scale=scale, packed=packed)
     problem = describe(q, k, v, causal, window, scale, packed)
     tiles = dict(options) if options is not None else _tuned(q, problem)
     out: tuple[Tensor, Tensor] = FlashAttention.apply(q, k, v, problem, tiles)  # type: ignore[no-untyped-call]
@@ -78,8 +84,8 @@ def _tuned(q: Tensor, problem: Problem) -> dict[str, Options]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with neighbouring columns next to each other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x with neighbouring columns next to each other, and rows near enough for 32-bit offsets inside a tile."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < FARTHEST else x.contiguous()
 
 
 class FlashAttention(torch.autograd.Function):

@@ -21,6 +21,7 @@ from triloom_kernels.table import Kernels
 SIZES: dict[str, Any] = {"vocab": 19, "hidden": 16, "layers": 1, "heads": 4, "max_seq": 8}
 MODELS = {
     "llama": llama(**SIZES, kv_heads=2),
+    "fused loss": llama(**SIZES, fused_loss=True),
     "gpt2": gpt2(**SIZES, dropout=0.25),
     "probabilities": gpt2(**SIZES, attention_dropout=0.25),
 }
