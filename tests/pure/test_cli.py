@@ -116,7 +116,7 @@ def test_dry_run_prints_toml_that_loads_and_says_what_would_run(
     path.write_text(shown)
     world = len(ranks) + 1
     assert load([], path).config == make_plan(load(overrides).config, world, data_vocab=256).config
-    assert "stage 0: embed blocks.0" in shown
+    assert "stage 0: embed blocks.0" in shown and "# model: 869,504 parameters" in shown
     assert "F:stage0@0" in shown and "proven: " in shown
     assert ("SEND:act0@0>1" in shown) == (world == 2)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from harness import ship
+from harness import launch, ship
 from hf_cases import their_loss, theirs
 
 transformers = pytest.importorskip("transformers")
@@ -58,3 +59,10 @@ def test_verify_and_conversion_on_four_ranks(tmp_path: Path) -> None:
             assert got["norms"] == pytest.approx({n: float(g.norm()) for n, g in grads.items()}, rel=10 * rel)
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{which} out", dtype=torch.float64)
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), back.parameters(), strict=True))
+
+
+def test_what_is_refused_is_told_once() -> None:
+    done = launch(2, [sys.executable, "-m", "triloom", "verify", "--parallel.tp", "2", "--against", "--optim.lr", "1"])
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("the two runs are not the same training: optim.lr = 0.001 and 1.0") == 1
+    assert "Traceback" not in done.stderr and "uncaught" not in done.stderr

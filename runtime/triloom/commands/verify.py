@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ..config import Config, load
 from ..config.rules import at_least, one_of
-from ..config.schema import Section
+from ..config.schema import Section, TrainConfig
 from ..errors import ConfigError, DivergedError, ProgramError, TriloomError
 from .options import describe, read
 
@@ -44,6 +44,12 @@ Exit code: 0 equal, 1 not equal, 2 nothing was run.
 OK, FAILED, REFUSED = 0, 1, 2
 LONGEST = 7 * 86400.0
 """Seconds that ranks wait for those that run the second arrangement."""
+SHOWN = 8
+"""Tensors and problems in the text."""
+WAY_OUT = (
+    "gradients go wrong from the end of the model to its beginning, so look at the last unit named first. A unit of "
+    "your own must give the same numbers on every mesh: no state between microbatches, no draws but triloom's"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,23 +75,27 @@ def run_verify(words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         print(USAGE + describe(VerifyOptions), end="")
         return OK
-    options, first, second = _read(words)
     from .. import boot
 
-    here = boot.announced()
-    if here.size > 1:
-        with boot.init(threads=first.train.threads, deadline=first.train.deadline) as world:
-            try:
-                return verify(world, options, first, second)
-            except (ConfigError, ProgramError, DivergedError) as problem:
-                if world.rank == 0:
-                    _say(problem)
-                return FAILED if isinstance(problem, DivergedError) else REFUSED
+    return (_on_ranks if boot.announced().size > 1 else _on_threads)(words)
+
+
+def _on_ranks(words: Sequence[str]) -> int:
+    """Every problem is told once, by rank 0; that of the words too, which every rank has."""
+    from .. import boot
+    from ..together import together
+
     try:
-        return _on_threads(options, first, second)
-    except DivergedError as problem:
-        _say(problem)
-        return FAILED
+        train = _read(words)[1].train
+    except ConfigError:
+        train = TrainConfig()
+    with boot.init(threads=train.threads, deadline=train.deadline) as world:
+        try:
+            return verify(world, *together(world.group, lambda: _read(words)))
+        except (ConfigError, ProgramError, DivergedError) as problem:
+            if world.rank == 0:
+                _say(problem)
+            return FAILED if isinstance(problem, DivergedError) else REFUSED
 
 
 def _read(words: Sequence[str]) -> tuple[VerifyOptions, Config, Config | None]:
@@ -139,12 +149,13 @@ def _say(problem: TriloomError) -> None:
 # ---------------------------------------------------------------- the two runs
 
 
-def _on_threads(options: VerifyOptions, first: Config, second: Config | None) -> int:
+def _on_threads(words: Sequence[str]) -> int:
     import torch
 
     from .. import boot
     from ..groups.threads import run_threads
 
+    options, first, second = _read(words)
     sizes = [_ranks(config, options.ranks or 1) for config in (first, second) if config is not None]
     threads, before = first.train.threads or 1, torch.get_num_threads()
 
@@ -154,6 +165,9 @@ def _on_threads(options: VerifyOptions, first: Config, second: Config | None) ->
 
     try:
         return run_threads(max(sizes), body)[0]
+    except DivergedError as problem:
+        _say(problem)
+        return FAILED
     finally:
         torch.set_num_threads(before)
 
@@ -291,14 +305,6 @@ def _lines(result: Comparison, jobs: Sequence[Job], traces: Sequence[Trace], opt
     more = f", and {len(result.problems) - SHOWN} more" if len(result.problems) > SHOWN else ""
     yield f"NOT EQUAL: {'; '.join(result.problems[:SHOWN])}{more}"
     yield f"what to do: {WAY_OUT}"
-
-
-SHOWN = 8
-"""Tensors and problems in the text."""
-WAY_OUT = (
-    "the unit named first from the end of the model is where to look; a unit of your own must give the same numbers on "
-    "every mesh (no state between microbatches, no random numbers but those of triloom)"
-)
 
 
 def _as_json(result: Comparison, jobs: Sequence[Job], traces: Sequence[Trace], options: VerifyOptions) -> str:
