@@ -1,4 +1,4 @@
-"""Every collective and transfer, from 8 B to 64 MiB: triloom's groups against raw mpi4py and gloo.
+"""Every collective and transfer, from 8 B to 64 MiB: triloom's groups against raw mpi4py and gloo (NCCL: comm_nccl.py).
 
 What it moves: S is the larger buffer of a rank in bytes (of an all_gather the output, of a reduce_scatter the
 input, else the tensor), t the time of the slowest rank, p the ranks. The rate is bus bandwidth by the usual
@@ -10,11 +10,12 @@ reduce_scatter at most 1.5.
 Set-up: fp32 (and bf16 for sums, which MPI cannot do), maximum instead of sum so that values stay what they are,
 contenders block by block in turn, so many calls a block that it takes milliseconds; buffers touched before. "shared
 memory" is the default of ranks on one host, "messages" the same group over MPI's point-to-point, "unchecked" shared
-memory without the comparison of fingerprints: what that costs is the difference. send is there and back again for up
-to 1 MiB (half of it is counted), else one way.
+memory without the comparison of fingerprints: what that costs is the difference; "adapter" is the group of an adopted
+torch.distributed world, over gloo's point-to-point. send is there and back again for up to 1 MiB (half of it is
+counted), else one way.
 
 Run: ``python -m triloom_bench comm``, or by hand
-``mpirun -n 2 python -m triloom_bench.comm [--ops all_reduce ...] [--rounds 9] [--json FILE]``.
+``mpirun -n 2 python -m triloom_bench.comm [--ops all_reduce ...] [--rounds 9] [--json FILE] [--plot FILE.svg]``.
 """
 
 from __future__ import annotations
@@ -35,16 +36,18 @@ from triloom.groups.base import Group
 from triloom.groups.mpi import MPIGroup
 
 from . import harness
+from .comm_plot import plot
 from .harness import Pair, Result
 from .peers import gloo
 
 SIZES = {8: 200, 1 << 10: 200, 16 << 10: 100, 128 << 10: 40, 1 << 20: 8, 8 << 20: 1, 64 << 20: 1}
-"""Bytes -> calls in a block. gloo runs a fifth of them."""
+"""Bytes -> calls in a block. What goes over gloo runs a fifth of them."""
 FEWER = 5
 ECHO = 1 << 20
 FINGERPRINT = 16 << 10
 """Up to here its cost is told; beyond, the difference is that of caches the block before has warmed."""
 SHARED, PLAIN, MESSAGES, MPI_NAME, GLOO, COPY = "shared memory", "unchecked", "messages", "MPI", "gloo", "copy"
+ADAPTER = "adapter"
 BIGGEST = max(SIZES)
 
 Call = Callable[[], object]
@@ -183,16 +186,15 @@ def measure(name: str, dtype: str, nbytes: int, sides: Sides, world: World, roun
     numel = max(world.size, nbytes // DTYPES[dtype].itemsize // world.size * world.size)
     buffers = Buffers(*(torch.ones(n, dtype=DTYPES[dtype]) for n in (numel, numel // world.size, numel)))
     size = numel * DTYPES[dtype].itemsize
-    blocks = {who: repeat(operation.ours(group, buffers), calls) for who, group in sides.groups.items()}
+    sought = {who: operation.ours(group, buffers) for who, group in sides.groups.items()}
     if dtype == "fp32":
-        blocks[MPI_NAME] = repeat(operation.mpi(sides.comm, buffers), calls)
-        blocks[GLOO] = repeat(operation.gloo(buffers), max(1, calls // FEWER))
+        sought |= {MPI_NAME: operation.mpi(sides.comm, buffers), GLOO: operation.gloo(buffers)}
     if nbytes >= 1 << 20:
-        blocks[COPY] = repeat(lambda: buffers.other.copy_(buffers.whole), calls)
+        sought[COPY] = lambda: buffers.other.copy_(buffers.whole)
+    counts = {who: max(1, calls // FEWER) if who in (GLOO, ADAPTER) else calls for who in sought}
+    blocks = {who: repeat(call, counts[who]) for who, call in sought.items()}
     times = harness.interleave(world.group, blocks, rounds=rounds)
-    times[GLOO] = [t * calls / max(1, calls // FEWER) for t in times.get(GLOO, [])]
-    if not times[GLOO]:
-        del times[GLOO]
+    times = {who: [t * calls / counts[who] for t in some] for who, some in times.items()}
     ways = 2 if name == "send" and size <= ECHO else 1
     result = harness.summarise(
         f"{name}, {dtype}, {size} B, {world.size} ranks",
@@ -216,7 +218,9 @@ def pairs(operation: Operation, nbytes: int) -> tuple[Pair, ...]:
     """MPI's no-slower target holds at the largest size; at others the ratios are information."""
     if nbytes == BIGGEST:
         return (*operation.targets, NO_SLOWER, Pair(SHARED, (GLOO,)))
-    return (Pair(SHARED, (MPI_NAME,)), Pair(SHARED, (GLOO,)), Pair(SHARED, (MESSAGES,)))
+    return (
+        Pair(SHARED, (MPI_NAME,)), Pair(SHARED, (GLOO,)), Pair(SHARED, (MESSAGES,)), Pair(ADAPTER, (GLOO,)),
+    )  # fmt: skip
 
 
 def line(result: Result) -> str:
@@ -240,18 +244,21 @@ def main() -> None:
     parser.add_argument("--most", type=int, choices=SIZES, default=BIGGEST, help="largest size in bytes")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="file for the results, beside the table on standard output")
+    parser.add_argument("--plot", type=Path, help="an .svg or .png of bus bandwidth over size")
     options = parser.parse_args()
     with boot.init(threads=1) as world:
         from mpi4py import MPI
 
         gloo.start(world)
         comm = MPI.COMM_WORLD.Dup()
-        groups = {
+        adapter = boot.adopt(dist, threads=1, shared_memory=False)
+        groups: dict[str, Group] = {
             SHARED: MPIGroup(comm, name=SHARED),
             PLAIN: MPIGroup(comm, name=PLAIN, check=False),
             MESSAGES: MPIGroup(comm, name=MESSAGES, shared=None),
+            ADAPTER: adapter.group,
         }
-        sides, rows = Sides(dict(groups), comm), []
+        sides, rows = Sides(groups, comm), []
         for name, dtype, nbytes in cases(options.ops, options.most):
             result = measure(name, dtype, nbytes, sides, world, options.rounds)
             rows.append(result.as_json())
@@ -259,6 +266,8 @@ def main() -> None:
                 print(line(result), flush=True)
         if options.json and world.rank == 0:
             options.json.write_text(json.dumps(rows))
+        if options.plot and world.rank == 0:
+            plot(rows, options.plot)
         for group in groups.values():
             group.close()
         comm.Free()
