@@ -198,20 +198,15 @@ class Asynchronous:
         plain = [self._step()[0] for _ in range(3)]
         begin = time.perf_counter()
         self._checkpoints.save()
-        calls, steps = time.perf_counter() - begin, []
-        while os.path.isdir(self._checkpoints.folder) and not self._complete():
+        first = calls = time.perf_counter() - begin
+        steps = list[float]()
+        while self._checkpoints.busy:
             seconds, waited = self._step()
             steps.append(seconds + waited)
             calls += waited
-        begin = time.perf_counter()
-        self._checkpoints.finish()
-        calls += time.perf_counter() - begin
         usual = sorted(plain)[1]
-        self.extra.append((calls + sum(steps)) / (usual * max(1, len(steps))) - 1)
+        self.extra.append((first + sum(steps)) / (usual * len(steps)) - 1)
         return calls
-
-    def _complete(self) -> bool:
-        return any(name.startswith("step-") and "." not in name for name in os.listdir(self._checkpoints.folder))
 
     def _step(self) -> tuple[float, float]:
         begin = time.perf_counter()

@@ -52,7 +52,7 @@ class Checkpoints:
 
     folder: seen by all ranks; a checkpoint is ``step-<updates made>`` in it. every: steps between saves, 0: only when
     ``save`` is called. keep, keep_every: see Keep. asynchronous: a step waits only for a copy to a buffer, which is
-    written in the background; one save at a time. All methods but ``wanted`` are collective.
+    written in the background; one save at a time. All methods are collective.
     """
 
     def __init__(
@@ -79,6 +79,11 @@ class Checkpoints:
         engine.totals.notices.append(self._notice)
 
     # -- saving ----------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way; the same on all ranks. Not collective."""
+        return self._saving is not None
 
     def after(self, metrics: Metrics, extra: Mapping[str, Any] | None = None) -> None:
         """After every step: save when one is due, with ``extra`` (JSON), and go on with the one under way.
