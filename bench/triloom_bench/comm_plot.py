@@ -12,7 +12,7 @@ from triloom.picture import Line, Picture, Shape, Text, save
 
 WIDTH, HEIGHT, COLUMNS = 320.0, 220.0, 3
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 14.0, 30.0, 34.0
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#7f7f7f")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#7f7f7f", "#17becf", "#8c564b")
 GRID = "#dddddd"
 
 Row = Mapping[str, Any]
