@@ -9,6 +9,10 @@ from .errors import ConfigError
 from .memory import BucketBytes, Sizes, UnitBytes, walk
 from .passes import StateLayout
 
+class BudgetError(ConfigError):
+    """No set of units would fit."""
+
+
 _STEPS = 2048
 """Resolution of the knapsack: savings are rounded down to this part of what is needed."""
 
@@ -27,7 +31,7 @@ def fit(
     """The cheapest units of a coordinate to recompute so that its activations stay within ``budget`` bytes.
 
     row: the coordinate's actions, with an R before each backward; sizes: by unit, those of neighbours that send
-    included. Raises ConfigError with the least that is possible.
+    included. Raises BudgetError with the least that is possible.
     """
     last = max(u for units in layout.units for u in units)
     here = sorted({u for a in row if a.op == "F" for u in layout.units_of(a)} - {last})
@@ -64,7 +68,7 @@ def choose(peak: Callable[[frozenset[int]], int], items: Mapping[int, tuple[int,
     everything = frozenset(items)
     least = peak(everything)
     if least > budget:
-        raise ConfigError(
+        raise BudgetError(
             f"activation_bytes = {budget} cannot be reached: with every unit but the loss recomputed this rank still "
             f"holds {least} bytes; raise it, use more microbatches, or split the model over more ranks"
         )

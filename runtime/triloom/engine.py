@@ -25,6 +25,7 @@ from .groups.base import Group
 from .groups.mesh_groups import mesh_groups
 from .groups.objects import agree, gather_objects
 from .groups.solo import Solo
+from .impossible import refuse_budget
 from .measured import measurement
 from .memory import Ledger, Report, largest
 from .mesh import Mesh, make_mesh
@@ -186,7 +187,7 @@ class Engine:
         new = retrain(self._units, self._collector, self.state, self.steps)
         enter(self.ledger, self.state, new, self.modules.values())
         self.totals.renew()
-        self._adopt(self._order, self._record)
+        self._adopt(self.order, self._record)
         self._watch.settle()
 
     def _make_totals(self, clip: float | Clip | None, scaling: Scaling) -> Totals:
@@ -222,7 +223,7 @@ class Engine:
 
     def _adopt(self, order: Program, record: Recorder | None) -> None:
         """Run ``order`` from now on."""
-        self._order = order
+        self.order = order
         self._executor = self._make_executor(record)
         self.program, self.verdict = self._compile(order)
         self._eval_program: Program | None = None
@@ -263,6 +264,8 @@ class Engine:
             self._choose(self._chooser)
         if self._watch.changed():
             self.refresh()
+        if self._budget is not None:
+            refuse_budget(self, inputs, targets)
         self._mode(training=True)
         state = self._begin(inputs, targets, training=True)
         state.lr = self.optimizer.lr(self.steps) if callable(self.optimizer.lr) else self.optimizer.lr
@@ -293,7 +296,7 @@ class Engine:
         """Loss without a gradient or an update; gradient norm and learning rate are 0. Buffers are dp rank 0's
         (``parallel.buffers``)."""
         if self._eval_program is None:
-            self._eval_program = self._prove(evaluation(self._order, self._layout, self.placement))[0]
+            self._eval_program = self._prove(evaluation(self.order, self._layout, self.placement))[0]
         self._mode(training=False)
         state = self._begin(inputs, targets, training=False)
         with of_first(self.modules.values(), self.groups.axis("dp")):

@@ -66,6 +66,7 @@ def _state(run: Run, params: Sequence[LocalParam], coord: int) -> ShardedState:
         placement=run.placement,
         optimizer=run.optimizer,
         device=torch.device(run.device),
+        reduction=run.reduction,
     )
     for _, unit in groupby(params, key=lambda p: p.unit):
         state.add(list(unit))
@@ -99,5 +100,5 @@ def _walk(
     if run.placement.activation_bytes is not None:
         known = {u: sizes(u, 0) for u in range(units)}
         recomputed = fit(row, layout, coord, known, run.placement.activation_bytes)
-    moves = [bucket_moves(b) for b in state.buckets]
+    moves = [bucket_moves(b, state.staging(b)) for b in state.buckets]
     return walk(row, layout, sizes, state=held, buckets=moves, recomputed=recomputed)

@@ -12,6 +12,7 @@ from .memory import Report
 from .mesh import Mesh
 from .models import decoder
 from .optim import Optimizer
+from .parallel.reduction import REDUCTIONS
 from .plan import Plan
 from .tracing import Run
 
@@ -36,6 +37,7 @@ def run_of(plan: Plan, optimizer: Optimizer, device: torch.device | None = None)
         order=plan.order,
         optimizer=optimizer,
         placement=plan.placement,
+        reduction=REDUCTIONS[config.placement.reduction](),
         inputs=tokens,
         targets=tokens,
         stages=config.schedule.stages,

@@ -24,6 +24,7 @@ CLASSES: Mapping[str, str] = {
     "fixed": "frozen parameters and buffers",
     "ties": "accumulators of the further uses of tied parameters",
     "feedback": "what a compressed reduction keeps from step to step",
+    "staging": "copies that a compressed reduction sends and receives",
     "gathered": "sharded parameters while they are whole",
     "grad_buckets": "sharded gradients while they are whole",
     "batch": "inputs and targets of the step",
@@ -226,6 +227,8 @@ class BucketBytes:
     """Whole parameters, between UNSHARD and RESHARD."""
     grad_bucket: int = 0
     """Whole gradients, between UNSHARD and RESHARD."""
+    staging: int = 0
+    """Copies of a reduction, between REDUCE and RESHARD, or CLIP."""
 
 
 @dataclass
@@ -237,6 +240,8 @@ class _Walk:
     layout: StateLayout
     buckets: Sequence[BucketBytes]
     whole: set[Subject] = field(default_factory=set)
+    staged: dict[int, int] = field(default_factory=dict)
+    """Bytes of the reductions under way, by bucket."""
 
     def act(self, a: Action) -> None:
         if a.op in COMPUTE:
@@ -247,6 +252,18 @@ class _Walk:
             self._transfer(a)
         elif a.op in ("UNSHARD", "RESHARD"):
             self._move(a)
+        elif a.op == "REDUCE":
+            self._stage(a.subject.index or 0)
+        elif a.op == "CLIP":
+            for bucket in list(self.staged):
+                self._unstage(bucket)
+
+    def _stage(self, bucket: int) -> None:
+        self.staged[bucket] = self.buckets[bucket].staging
+        self.ledger.add("staging", self.staged[bucket])
+
+    def _unstage(self, bucket: int) -> None:
+        self.ledger.add("staging", -self.staged.pop(bucket, 0))
 
     def _compute(self, op: str, unit: int, mb: int) -> None:
         steps: Mapping[str, Callable[[int, int], None]] = {
@@ -269,6 +286,8 @@ class _Walk:
             self.ledger.add("transfers", self.lives.send(kind, unit, mb))
 
     def _move(self, a: Action) -> None:
+        if a.op == "RESHARD" and a.subject.kind == "grads":
+            self._unstage(a.subject.index or 0)
         bucket = self.buckets[a.subject.index or 0]
         name, nbytes = (
             ("gathered", bucket.gathered) if a.subject.kind == "params" else ("grad_buckets", bucket.grad_bucket)

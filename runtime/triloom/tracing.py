@@ -27,6 +27,7 @@ from .optim import Optimizer
 from .parallel import build, cut
 from .parallel.activations import closure_bytes, saved_tensors, unit_bytes
 from .parallel.build import UnitLike
+from .parallel.reduction import Reduction
 from .placement import Placement
 from .scope import GradWriter, Scope
 from .shards import split_even
@@ -55,6 +56,7 @@ class Run:
     inputs: Any
     """Pytree of (shape, dtype) of what a dp rank passes to ``step``, whole."""
     targets: Any
+    reduction: Reduction | None = None
     ties: Sequence[Sequence[str]] = ()
     stages: Sequence[int] | None = None
     sequence_parallel: bool = False

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,16 +21,19 @@ from triloom.actions import Action, parse_action
 from triloom.engine import Engine
 from triloom.errors import ConfigError
 from triloom.estimate import estimate
-from triloom.tracing import Run, count_units
-from triloom.groups.base import Group
+from triloom.groups.base import Done, Group
+from triloom.groups.phantom import Phantom
 from triloom.groups.threads import run_threads
 from triloom.memory import STATE, BucketBytes, Ledger, Report, UnitBytes, walk, zero_bytes
 from triloom.mesh import Mesh, make_mesh
 from triloom.models import decoder, gpt2, llama
 from triloom.optim import SGD, AdamW
 from triloom.parallel.build import mean_loss
-from triloom.passes import StateLayout
+from triloom.parallel.reduction import REDUCTIONS
+from triloom.passes import StateLayout, add_communication
 from triloom.placement import NAMED, Placement, State, zero0, zero1, zero2, zero3
+from triloom.together import SetupError
+from triloom.tracing import Run
 
 SEQ, SHARE = 16, 8
 GPT2 = gpt2(vocab=97, hidden=32, layers=3, heads=4, max_seq=SEQ, dropout=0.1, attention_dropout=0.1)
@@ -315,3 +319,106 @@ def test_keys_of_the_placement_are_checked_together(
 ) -> None:
     assert cli.main(["train", "--dry-run", "4", *words]) == 2
     assert text in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- staging, construction, budgets
+
+
+@pytest.mark.parametrize("name", ["exact", "bfloat16", "int8", "topk"])
+def test_staging_of_a_reduction_is_what_it_holds(name: str) -> None:
+    """Counted are the storages that the rule makes before its wait and that live until then."""
+    rule, numel, ranks = REDUCTIONS[name](), 64 * 40, 2
+
+    def run(group: Group) -> int:
+        grads, memory = torch.randn(numel), {"left": torch.zeros(numel)}
+        mine = [t.untyped_storage()._cdata for t in (grads, memory["left"])]
+        with Alive() as alive:
+            work = rule.post(group, grads[: numel // ranks], grads, memory)
+            alive.refs = {key: ref for key, ref in alive.refs.items() if key not in mine}
+            held = alive.bytes()
+            del work
+        return held
+
+    class Quiet(Phantom):
+        def reduce_scatter(self, output: Any, input: Any, op: Any = "sum") -> Any:
+            return Holding(output, input)
+
+        all_to_all = reduce_scatter
+
+    class Holding(Done):
+        def __init__(self, *held: Any) -> None:
+            self.held = held
+
+    assert run(Quiet(0, ranks)) == rule.staging(numel, ranks)
+
+
+def test_staging_has_its_own_line_in_a_run_and_in_its_estimate() -> None:
+    def run(group: Group) -> Report:
+        return train(group, LLAMA, make_mesh(2), reduction=REDUCTIONS["bfloat16"](), placement=zero2())
+
+    report = run_threads(2, run)[0]
+    assert report.peak["staging"] > 0 == report.present["staging"]
+    model = decoder(LLAMA)
+    ids = ((SHARE, SEQ), torch.int64)
+    (foreseen,) = estimate(
+        Run(
+            units=model.units, loss=model.loss, ties=model.ties, mesh=make_mesh(2), inputs=ids, targets=ids,
+            order=add_communication(schedules.NAMED["1f1b"](1, 1)), optimizer=AdamW(), placement=zero2(),
+            reduction=REDUCTIONS["bfloat16"](),
+        )
+    )  # fmt: skip
+    assert foreseen.peak["staging"] == report.peak["staging"]
+    assert foreseen.total == pytest.approx(report.total, rel=0.05)
+
+
+def test_a_sharded_model_is_never_whole_while_it_is_built() -> None:
+    """32 units of 64 KiB over 4 ranks: the shards of all, and besides them one unit, the bucket it goes into with its
+    gradients, and what a broadcast between threads copies."""
+    unit, units, ranks = 4 * 128 * 128, 32, 4
+    peaks: list[int] = []
+
+    def run(group: Group) -> None:
+        with Watching() as watching:
+            Engine(
+                [lambda scope: nn.Linear(128, 128, bias=False, device="cpu") for _ in range(units)],
+                mean_loss(F.mse_loss), world=group, optimizer=SGD(momentum=0),
+                placement=zero3().with_(bucket_bytes=unit),
+            )  # fmt: skip
+        peaks.append(watching.peak)
+
+    run_threads(ranks, run)
+    shards = 2 * units * unit // ranks  # parameters and gradients
+    assert max(peaks) <= shards + 7 * unit < 0.75 * units * unit
+
+
+class Watching(Alive):
+    """The most that was alive at once; storages that were never written to count as well."""
+
+    peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.peak = max(self.peak, self.bytes())
+        return out
+
+
+def test_an_impossible_budget_is_refused_before_the_first_step() -> None:
+    ran = []
+
+    class Told(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ran.append(x.untyped_storage().nbytes() and not isinstance(x, FakeTensor))
+            return super().forward(x)
+
+    def run(group: Group) -> None:
+        engine = Engine(
+            [lambda scope: Told(64, 64) for _ in range(3)], mean_loss(F.mse_loss), world=group,
+            placement=zero1().with_(activations="budget", activation_bytes=100),
+        )  # fmt: skip
+        x = torch.ones(8, 64)
+        with pytest.raises(SetupError, match=r"activation_bytes = 100 cannot be reached: .* still holds \d+ bytes"):
+            engine.step(x, x)
+        assert engine.steps == 0
+
+    run_threads(2, run)
+    assert ran and not any(ran)

@@ -46,11 +46,13 @@ def bucket_classes(state: BucketState) -> Counter[str]:
     return out
 
 
-def bucket_moves(state: BucketState) -> BucketBytes:
-    """What UNSHARD takes and RESHARD gives back."""
+def bucket_moves(state: BucketState, staging: int) -> BucketBytes:
+    """What UNSHARD takes and RESHARD gives back. staging: bytes of a reduction under way."""
     rows = state.residency
     return BucketBytes(
-        gathered=state.params.nbytes if rows.params else 0, grad_bucket=state.grads.nbytes if rows.grads else 0
+        gathered=state.params.nbytes if rows.params else 0,
+        grad_bucket=state.grads.nbytes if rows.grads else 0,
+        staging=staging,
     )
 
 
@@ -70,6 +72,7 @@ def enter(ledger: Ledger, state: ShardedState, new: Iterable[BucketState], modul
     for bucket in new:
         for kind, nbytes in bucket_classes(bucket).items():
             ledger.add(kind, nbytes)
+        bucket.staged = partial(ledger.add, "staging")
         if bucket.residency.params:
             bucket.params.moved = partial(ledger.add, "gathered")
         if bucket.residency.grads:

@@ -120,6 +120,8 @@ class BucketState:
     """Whether grad_shard holds earlier microbatches of this step."""
     memory: dict[str, torch.Tensor] = field(default_factory=dict)
     """What the reduction keeps from step to step."""
+    staged: Callable[[int], None] | None = None
+    """Is told of bytes that a reduction takes (or gives back, negative)."""
     gather: Work | None = None
     reduction: Work | None = None
     reduced: bool = False

@@ -30,6 +30,10 @@ class Reduction(Protocol):
         """Bytes a rank sends for a bucket of ``numel`` fp32 elements."""
         ...
 
+    def staging(self, numel: int, ranks: int) -> int:
+        """Bytes of its own that it holds from ``post`` to the end of the wait."""
+        ...
+
 
 class Then(Work):
     """Work and what is to be done with its result, once."""
@@ -58,6 +62,9 @@ class Exact:
     def volume(self, numel: int, ranks: int) -> float:
         return 4.0 * numel * (ranks - 1) / ranks
 
+    def staging(self, numel: int, ranks: int) -> int:
+        return 0
+
 
 @dataclass(frozen=True)
 class Cast:
@@ -72,6 +79,9 @@ class Cast:
 
     def volume(self, numel: int, ranks: int) -> float:
         return 2.0 * numel * (ranks - 1) / ranks
+
+    def staging(self, numel: int, ranks: int) -> int:
+        return self.dtype.itemsize * (numel + numel // ranks)
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,10 @@ class Quantized:
 
     def volume(self, numel: int, ranks: int) -> float:
         return numel * (1 + 4 / self.block) * (ranks - 1) / ranks
+
+    def staging(self, numel: int, ranks: int) -> int:
+        row = numel // ranks * (self.block + 4) // self.block
+        return 2 * ranks * (-(-row // 8) * 8)
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,9 @@ class TopK:
 
     def volume(self, numel: int, ranks: int) -> float:
         return 8.0 * self._count(numel // ranks) * (ranks - 1)
+
+    def staging(self, numel: int, ranks: int) -> int:
+        return 2 * 8 * self._count(numel // ranks) * ranks
 
 
 def _put(out: torch.Tensor, values: torch.Tensor) -> None:

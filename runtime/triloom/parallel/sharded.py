@@ -283,6 +283,15 @@ class ShardedState:
         if self.dp.size > 1:
             grads = state.grads.tensor
             state.reduction = self._reduction.post(self.dp, grads[state.shard], grads, state.memory)
+            self._stage(state, 1)
+
+    def staging(self, state: BucketState) -> int:
+        """Bytes that a reduction of the bucket takes while it is under way."""
+        return self._reduction.staging(state.bucket.numel, self.dp.size) if self.dp.size > 1 else 0
+
+    def _stage(self, state: BucketState, sign: int) -> None:
+        if state.staged is not None:
+            state.staged(sign * self.staging(state))
 
     def _sum_partial(self, state: BucketState) -> None:
         """Sum over tp the gradients of replicated parameters that saw only part of the sequence."""
@@ -319,6 +328,7 @@ class ShardedState:
         if state.reduction is not None:
             self.spent.wait("reduce", state.reduction)
             state.reduction = None
+            self._stage(state, -1)
         if state.reduced:
             state.reduced = False
             if self.replicas.size > 1:
@@ -354,8 +364,7 @@ class ShardedState:
     def _step(self, action: Action, step: StepState) -> None:
         if step.skipped:
             return
-        state = self._bucket(action)
-        begin = time.perf_counter_ns()
+        begin, state = time.perf_counter_ns(), self._bucket(action)
         for call in state.calls_of(self.missed, self._absent):
             self._updates(state, call, step)
         self.spent.add("optimizer", begin, time.perf_counter_ns())
