@@ -74,7 +74,7 @@ class Chooser:
     def __init__(
         self, rule: Auto, world: Group, measurement: Measurement, device: torch.device, record: Recorder | None
     ) -> None:
-        self._rule, self._world, self._measurement = rule, world, measurement
+        self.rule, self._world, self._measurement = rule, world, measurement
         self._spans = spans_on(device)
         self._seen = 0
         self._rows: list[torch.Tensor] = []
@@ -85,12 +85,12 @@ class Chooser:
     def note(self) -> None:
         """After each step: keep its spans."""
         self._seen += 1
-        if self._seen > self._rule.warmup:
+        if self._seen > self.rule.warmup:
             self._rows.append(self._spans.rows())
 
     def choose(self) -> Choice | None:
         """Before each step: the choice, once enough are measured. Takes a second or two then; collective."""
-        if len(self._rows) < self._rule.steps:
+        if len(self._rows) < self.rule.steps:
             return None
         most = self._measurement.most
         times = [align(gather_rows(self._world, rows, most), self._clocks) for rows in self._rows]
@@ -103,7 +103,7 @@ class Chooser:
         order = self._measurement.order
         costs = costs_of(measures(self._measurement, times))
         ranks, microbatches = len(order.ranks), order.microbatches
-        found = auto(ranks, microbatches, costs, memory=self._rule.limit(ranks, microbatches), effort=self._rule.effort)
+        found = auto(ranks, microbatches, costs, memory=self.rule.limit(ranks, microbatches), effort=self.rule.effort)
         usual = simulate(one_f_one_b(ranks, microbatches), costs)
         name = found.program.name
         return found.program.to_csv(), (

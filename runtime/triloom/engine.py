@@ -188,6 +188,8 @@ class Engine:
         enter(self.ledger, self.state, new, self.modules.values())
         self.totals.renew()
         self._adopt(self.order, self._record)
+        if self._chooser is not None:  # what it measured was another program
+            self._chooser = self._measure(self._chooser.rule)
         self._watch.settle()
 
     def _make_totals(self, clip: float | Clip | None, scaling: Scaling) -> Totals:

@@ -86,6 +86,25 @@ def test_one_rank_has_nothing_to_choose() -> None:
     assert run_threads(2, lambda world: _engine(world, "auto").program.name) == ["zb_h1"] * 2
 
 
+def test_measures_anew_after_parameters_were_frozen() -> None:
+    def body(world: Group) -> list[bool]:
+        engine = _engine(world, Auto(steps=2, effort=10_000))
+        chosen = []
+        for step in range(6):
+            if step == 2:
+                for unit in engine.modules.values():
+                    for name, param in unit.named_parameters():
+                        param.requires_grad_("norm" not in name)
+                engine.refresh()
+            engine.step(*batch(step))
+            chosen.append(engine.chosen is not None)
+        engine.close()
+        return chosen
+
+    # One step is not measured, two are; the third one's begin finds another program, and it starts again.
+    assert run_threads(2, body) == [[False] * 5 + [True]] * 2
+
+
 @pytest.mark.parametrize("wrong", [{"memory": 0.0}, {"warmup": -1}, {"steps": 0}])
 def test_bad_values(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
