@@ -221,7 +221,9 @@ class RunLog(AbstractContextManager["RunLog"]):
         head = f"triloom {__version__}: {world.size} ranks, mesh {plan.mesh}, torch {torch.__version__}"
         (self.folder / "config.toml").write_text(to_toml(plan.config, head), encoding="utf-8")
         self._metrics = MetricsFile(self.folder / "metrics.jsonl", before.records if before.folder else None)
-        self._sinks = [self._metrics.write, *open_sinks(plan.config, self.folder), *sinks]
+        kept = read_metrics(self.folder / "metrics.jsonl")[-1:]
+        first = sum(r["step"] + (not r["skipped"]) for r in kept)  # the first step that is to come
+        self._sinks = [self._metrics.write, *open_sinks(plan.config, self.folder, first), *sinks]
         self._line = LiveLine(out, t.steps, t.log_every)
         self._tokens = self._before = plan.tokens_per_step * before.records
         self._steps_done = 0

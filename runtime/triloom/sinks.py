@@ -23,12 +23,18 @@ Scalar = int | float
 
 
 class TensorBoard:
-    """Events for TensorBoard, a scalar for every number of a record."""
+    """Events for TensorBoard, a scalar for every number of a record.
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    A run that goes on drops the earlier events of steps from ``first`` on; a new one those of a run it overwrites.
+    """
+
+    def __init__(self, folder: Path, config: Config, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        place = folder / "tensorboard"
+        for old in place.glob("events.out.tfevents.*") if first == 0 else ():
+            old.unlink()
+        self._writer = SummaryWriter(str(place), purge_step=first or None)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         for name, value in scalars(record):
@@ -41,7 +47,7 @@ class TensorBoard:
 class Wandb:
     """An offline run of Weights & Biases; ``wandb sync`` sends it."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config, first: int) -> None:
         import wandb
 
         self._run: Any = wandb.init(
@@ -55,7 +61,7 @@ class Wandb:
         self._run.finish()
 
 
-SINKS: Mapping[str, Callable[[Path, Config], Sink]] = {"tensorboard": TensorBoard, "wandb": Wandb}
+SINKS: Mapping[str, Callable[[Path, Config, int], Sink]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 """Key of [log] -> the sink it opens. The package that a sink needs has the name of its key."""
 
 
@@ -69,9 +75,9 @@ def check_sinks(log: LogConfig) -> None:
         )
 
 
-def open_sinks(config: Config, folder: Path) -> list[Sink]:
-    """The sinks that ``[log]`` asks for, writing below the run directory."""
-    return [SINKS[name](folder, config) for name in _wanted(config.log)]
+def open_sinks(config: Config, folder: Path, first: int = 0) -> list[Sink]:
+    """The sinks that ``[log]`` asks for, writing below the run directory. first: the first step to come."""
+    return [SINKS[name](folder, config, first) for name in _wanted(config.log)]
 
 
 def close_sinks(sinks: Sequence[Sink]) -> None:

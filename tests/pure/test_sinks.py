@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import io
+import shutil
 import sys
 import types
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from triloom.sinks import Sink, scalars
 from triloom.train import train
 
 WORDS = (
-    "--model.layers 1 --model.hidden 16 --model.heads 2 --model.seq 16 --train.batch 4 --train.steps 3 "
+    "--model.layers 1 --model.hidden 16 --model.heads 2 --model.seq 16 --train.batch 4 "
     "--train.eval_batches 1 --run.plot false --run.overwrite true --run.timeline 0"
 )
 
@@ -35,10 +36,14 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-def trained(folder: Path, text: str, *words: str, ranks: int = 1, sinks: tuple[Sink, ...] = ()) -> list[Result]:
+def trained(
+    folder: Path, text: str, *words: str, ranks: int = 1, steps: int = 3, sinks: tuple[Sink, ...] = ()
+) -> list[Result]:
     def body(group: Group) -> Result:
         world = boot.init(group=group, hooks=False, threads=1, device="cpu", local_rank=0, local_size=1)
-        loaded = load([*WORDS.split(), "--run.dir", str(folder), "--data.path", text, *words])
+        loaded = load(
+            [*WORDS.split(), "--train.steps", str(steps), "--run.dir", str(folder), "--data.path", text, *words]
+        )
         return train(loaded.config, world, out=io.StringIO(), sinks=sinks)
 
     before = torch.get_num_threads()
@@ -66,6 +71,23 @@ def test_tensorboard_has_every_number_at_its_step(tmp_path: Path, text: str) -> 
         got = [(e.step, e.value) for e in events.Scalars(tag)]
         assert got == [(r["step"], pytest.approx(dict(scalars(r))[tag])) for r in records]
     assert [e.step for e in events.Scalars("held_out_loss")] == [2]
+
+
+def scalar_steps(folder: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [e.step for e in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("loss")]
+
+
+def test_tensorboard_of_a_run_that_goes_on_and_of_one_that_is_overwritten(tmp_path: Path, text: str) -> None:
+    """Checkpoints after steps 2 and 4 of 5: what is resumed logs step 4 again, and not twice."""
+    run = tmp_path / "run"
+    trained(run, text, "--log.tensorboard", "--checkpoint.every", "2", steps=5)
+    shutil.rmtree(run / "checkpoints" / "step-00000005")
+    trained(run, text, "--log.tensorboard", "--checkpoint.every", "2", "--run.resume", str(run), steps=7)
+    assert scalar_steps(run) == [0, 1, 2, 3, 4, 5, 6]
+    trained(run, text, "--log.tensorboard", steps=2)
+    assert scalar_steps(run) == [0, 1]
 
 
 class FakeWandb(types.ModuleType):
