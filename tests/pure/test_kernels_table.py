@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,6 +74,10 @@ def noting(op: str, called: set[str], kind: str) -> Callable[..., Any]:
 SIZES: dict[str, Any] = {"vocab": 17, "hidden": 16, "layers": 1, "heads": 2, "max_seq": 4}
 USED = {
     "llama": (llama(**SIZES), {"attention", "rms_norm", "rms_norm_residual", "split_rotate", "swiglu"}),
+    "geglu": (
+        replace(llama(**SIZES), act="geglu"),
+        {"attention", "geglu", "rms_norm", "rms_norm_residual", "split_rotate"},
+    ),
     "gpt2": (gpt2(**SIZES), {"attention", "layer_norm", "layer_norm_residual", "gelu"}),
     "dropout": (gpt2(**SIZES, dropout=0.5), {"attention", "layer_norm", "gelu", "dropout", "bias_dropout_residual"}),
     "probabilities": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ CONFIGS = {
     "llama gqa": llama(**SIZES, kv_heads=6, ffn=72, rope_theta=100.0),
     "llama tied": llama(**SIZES, ffn=72, tied=True),
     "gpt2": gpt2(**SIZES, ffn=72),
+    "geglu": replace(llama(**SIZES, ffn=72), act="geglu"),
     "gpt2 untied gqa": gpt2(**SIZES, ffn=72, kv_heads=6, tied=False, bias=False),
 }
 BATCH, LENGTH = 3, 12
@@ -136,9 +138,10 @@ def plain_loss(w: dict[str, Tensor], config: DecoderConfig, ids: Tensor, targets
 
     def feed_forward(x: Tensor, name: str) -> Tensor:
         y = dense(x, f"{name}.up")
-        if config.act == "swiglu":
+        if config.act != "gelu":
             gate, up = y.chunk(2, -1)
-            return dense(gate * gate.sigmoid() * up, f"{name}.down")
+            gate = gate * gate.sigmoid() if config.act == "swiglu" else F.gelu(gate, approximate="tanh")
+            return dense(gate * up, f"{name}.down")
         return dense(F.gelu(y, approximate="tanh"), f"{name}.down")
 
     x = F.embedding(ids, w["embed.tokens.weight"])
@@ -309,7 +312,7 @@ def test_meshes_that_do_not_fit(config: DecoderConfig, tp: int, message: str) ->
 def test_configs_that_cannot_work(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         llama(**(SIZES | change))
-    with pytest.raises(ConfigError, match="act='relu' is not one of swiglu, gelu"):
+    with pytest.raises(ConfigError, match="act='relu' is not one of swiglu, geglu, gelu"):
         DecoderConfig(vocab=8, hidden=8, layers=1, heads=1, kv_heads=1, ffn=8, max_seq=8, act="relu")
 
 

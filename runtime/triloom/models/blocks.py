@@ -79,19 +79,18 @@ class Embed(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU on a fused gate/up projection, or GELU."""
+    """SwiGLU or GeGLU on a fused gate/up projection, or GELU."""
 
     def __init__(self, config: DecoderConfig, scope: Scope, name: str) -> None:
         super().__init__()
         check_divides("ffn", config.ffn, "tp", scope.tp.size)
-        parts = (config.ffn,) * (2 if config.act == "swiglu" else 1)
         self.act = scope.kernels.pick(config.act, scope.device)
         self.up = ColumnParallelLinear(
             config.hidden,
-            sum(parts),
+            sum(config.up_parts),
             scope=scope,
             name=f"{name}.up",
-            parts=parts,
+            parts=config.up_parts,
             bias=config.bias,
             std=config.init_std,
         )

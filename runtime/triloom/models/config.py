@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from ..errors import ConfigError
 
-CHOICES = {"norm": ("rms", "layer"), "act": ("swiglu", "gelu"), "positions": ("rope", "learned")}
+CHOICES = {"norm": ("rms", "layer"), "act": ("swiglu", "geglu", "gelu"), "positions": ("rope", "learned")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class DecoderConfig:
     norm: str = "rms"
     """``rms`` or ``layer``."""
     act: str = "swiglu"
-    """``swiglu`` (fused gate and up projection) or ``gelu``."""
+    """``swiglu`` or ``geglu`` (arXiv 2002.05202; fused gate and up projection), or ``gelu``."""
     positions: str = "rope"
     """``rope`` or ``learned``."""
     bias: bool = False
@@ -66,10 +66,15 @@ class DecoderConfig:
             raise ConfigError(f"rotary positions need an even head size, got hidden/heads = {self.head_dim}")
 
     @property
+    def up_parts(self) -> tuple[int, ...]:
+        """Outputs of the feed-forward layer's first projection: gate and up, or up alone."""
+        return (self.ffn,) * (1 if self.act == "gelu" else 2)
+
+    @property
     def parameters(self) -> int:
         """Number of trainable values; a tied matrix counts once."""
         rows, d = self.heads + 2 * self.kv_heads, self.head_dim
-        up = self.ffn * (2 if self.act == "swiglu" else 1)
+        up = self.ffn * len(self.up_parts)
         matrices = self.hidden * (rows * d + self.heads * d + up + self.ffn)
         biases = rows * d + self.hidden + up + self.hidden if self.bias else 0
         norm = self.hidden * (2 if self.norm == "layer" and self.bias else 1)

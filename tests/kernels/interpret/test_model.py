@@ -5,16 +5,22 @@ Ranks are threads; the interpreter runs one kernel at a time (``launching``), wh
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from triloom import SGD, Engine, run_threads
+from triloom import SGD, Engine, run_threads, tracing
+from triloom.estimate import estimate
 from triloom.groups.base import Group
 from triloom.mesh import make_mesh
 from triloom.models import decoder, gpt2, llama
 from triloom.operations import operations
+from triloom.placement import zero1
+from triloom.schedules import NAMED
+from triloom.scope import Scope
 from triloom_kernels import table
 from triloom_kernels.table import Kernels
 
@@ -22,6 +28,7 @@ SIZES: dict[str, Any] = {"vocab": 19, "hidden": 16, "layers": 1, "heads": 4, "ma
 MODELS = {
     "llama": llama(**SIZES, kv_heads=2),
     "fused loss": llama(**SIZES, fused_loss=True),
+    "geglu": replace(llama(**SIZES), act="geglu"),
     "gpt2": gpt2(**SIZES, dropout=0.25),
     "probabilities": gpt2(**SIZES, attention_dropout=0.25),
 }
@@ -41,8 +48,12 @@ def step(which: str, kernels: Kernels, world: Group, sequence_parallel: bool) ->
     return loss, {name: before[name] - after for name, after in engine.full_state().items()}
 
 
-@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("which", MODELS)
+CASES = [(which, *how) for which in ("llama", "gpt2") for how in ((1, False), (2, False), (2, True))] + [
+    (which, 2, True) for which in ("geglu", "probabilities", "fused loss")
+]
+
+
+@pytest.mark.parametrize(("which", "tp", "sequence_parallel"), CASES)
 def test_kernels_on_and_off(which: str, tp: int, sequence_parallel: bool) -> None:
     off = run_threads(tp, lambda g: step(which, operations(), g, sequence_parallel))[0]
     on = run_threads(tp, lambda g: step(which, table.triton_on("cpu"), g, sequence_parallel))
@@ -51,3 +62,18 @@ def test_kernels_on_and_off(which: str, tp: int, sequence_parallel: bool) -> Non
         assert grads.keys() == off[1].keys()
         for name, grad in grads.items():
             torch.testing.assert_close(grad, off[1][name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("which", ["llama", "gpt2"])
+def test_memory_is_estimated_with_the_kernels(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without memory nothing is launched, and what autograd would keep is seen."""
+    monkeypatch.setattr(tracing, "Scope", partial(Scope, kernels=table.triton_on("cpu")))
+    model, mesh = decoder(MODELS[which]), make_mesh(1)
+    tokens = (2, 8), torch.int64
+    (report,) = estimate(
+        tracing.Run(
+            units=model.units, loss=model.loss, ties=model.ties, mesh=mesh, order=NAMED["1f1b"](1, 2), inputs=tokens,
+            targets=tokens, optimizer=SGD(lr=1.0), placement=zero1(),
+        )
+    )  # fmt: skip
+    assert report.peak["activations"] > 2 * 8 * 16 * 4
