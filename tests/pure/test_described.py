@@ -76,6 +76,35 @@ def test_the_same_line_twice_is_the_same() -> None:
     assert describe(object()) == describe(object())
 
 
+def test_what_holds_itself_ends() -> None:
+    """A recursive function, and a schedule that captured the program around it, engine and all."""
+
+    def made(peak: float) -> Any:
+        def lr(step: int) -> float:
+            return peak if step == 0 else lr(step - 1) / 2
+
+        return lr
+
+    assert describe(made(1.0)) == describe(made(1.0)) != describe(made(2.0))
+
+    class Trainer:
+        def __init__(self, peak: float) -> None:
+            self.peak = peak
+            self.model = torch.nn.Linear(4, 4)
+            self.optimizer = AdamW(lr=lambda step: self.peak)
+
+    one, two, other = Trainer(1.0), Trainer(1.0), Trainer(2.0)
+    assert describe(one.optimizer) == describe(two.optimizer) != describe(other.optimizer)
+    values: list[Any] = [1]
+    values.append(values)
+    assert describe(values) == [1, "..."]
+    late: int  # assigned below
+    unassigned = [lambda: late for _ in range(2)]
+    assert describe(unassigned[0]) == describe(unassigned[1])
+    late = 1
+    assert describe(unassigned[0]) != describe(lambda: 1) and unassigned[0]() == late
+
+
 def test_another_process_says_the_same() -> None:
     program = (
         f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]\n"
