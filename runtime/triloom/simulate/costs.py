@@ -101,6 +101,10 @@ class Costs:
         deferred = self.held if self.deferred is None else self.deferred
         return per_stage("held", self.held, where), per_stage("deferred", deferred, where)
 
+    def kept_by_stage(self, where: Sequence[int]) -> list[float]:
+        """What each stage holds from F to R."""
+        return per_stage("kept", self.kept, where)
+
     def bytes_out(self, where: Sequence[int]) -> list[float]:
         """Bytes of the output of each stage."""
         if isinstance(self.boundary, Sequence):
