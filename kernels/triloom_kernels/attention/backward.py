@@ -108,23 +108,33 @@ def attention_dkdv_kernel(
         begin, end, edges, start, left, jump = seeing_queries(
             first, m, n, shift, window, BLOCK_N, BLOCK_M, EDGE, CAUSAL, WINDOWED
         )
-        for member in range(group):
-            head = kv_head * group + member
-            q_rows = rows_at(q, batch, head, first_q, q_b, q_h, q_s)
-            g_rows = rows_at(grad, batch, head, first_q, g_b, g_h, g_s)
-            t_rows = rows_at(tops, batch, head, first_q, d_b, d_h, 1)
-            d_rows = rows_at(dots, batch, head, first_q, d_b, d_h, 1)
-            for edge in range(edges):
-                query = start + edge * EDGE + tl.where(edge < left, 0, jump)
-                dkey, dvalue = _add_queries(
-                    dkey, dvalue, keys, values, q_rows, g_rows, t_rows, d_rows, q_s, g_s, first, query, m,
-                    shift, window, scale_log2, D, WIDTH, EDGE, BLOCK_N, CAUSAL, WINDOWED, PACKED, True,
-                )  # fmt: skip
-            for query in range(begin, end, BLOCK_M):
-                dkey, dvalue = _add_queries(
-                    dkey, dvalue, keys, values, q_rows, g_rows, t_rows, d_rows, q_s, g_s, first, query, m,
-                    shift, window, scale_log2, D, WIDTH, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, PACKED, False,
-                )  # fmt: skip
+        # One loop over the query heads and their tiles each: nested ones would drain the pipeline with every head, and
+        # want registers for what they hand from one to the next.
+        head, edge = kv_head * group, 0
+        for _ in range(edges * group):
+            query = start + edge * EDGE + tl.where(edge < left, 0, jump)
+            dkey, dvalue = _add_queries(
+                dkey, dvalue, keys, values,
+                rows_at(q, batch, head, first_q, q_b, q_h, q_s), rows_at(grad, batch, head, first_q, g_b, g_h, g_s),
+                rows_at(tops, batch, head, first_q, d_b, d_h, 1), rows_at(dots, batch, head, first_q, d_b, d_h, 1),
+                q_s, g_s, first, query, m, shift, window, scale_log2,
+                D, WIDTH, EDGE, BLOCK_N, CAUSAL, WINDOWED, PACKED, True,
+            )  # fmt: skip
+            last = edge + 1 == edges
+            head += tl.where(last, 1, 0)
+            edge = tl.where(last, 0, edge + 1)
+        head, query = kv_head * group, begin
+        for _ in range((end - begin) // BLOCK_M * group):
+            dkey, dvalue = _add_queries(
+                dkey, dvalue, keys, values,
+                rows_at(q, batch, head, first_q, q_b, q_h, q_s), rows_at(grad, batch, head, first_q, g_b, g_h, g_s),
+                rows_at(tops, batch, head, first_q, d_b, d_h, 1), rows_at(dots, batch, head, first_q, d_b, d_h, 1),
+                q_s, g_s, first, query, m, shift, window, scale_log2,
+                D, WIDTH, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, PACKED, False,
+            )  # fmt: skip
+            last = query + BLOCK_M == end
+            head += tl.where(last, 1, 0)
+            query = tl.where(last, begin, query + BLOCK_M)
         dkey *= scale
         store_rows(rows_at(dk, batch, kv_head, first_k, dk_b, dk_h, dk_s), first, dk_s, n, dkey, BLOCK_N, D, WIDTH)
         store_rows(rows_at(dv, batch, kv_head, first_k, dv_b, dv_h, dv_s), first, dv_s, n, dvalue, BLOCK_N, D, WIDTH)

@@ -22,9 +22,9 @@ from triloom_kernels.cubins import ARCHITECTURES
 BUDGET = Path(__file__).with_name("budget.json")
 MAY_SPILL = frozenset(
     {
-        "attention_dkdv_kernel",  # two accumulators and two score tiles: loop invariants go to local memory
-        "attention_dq_kernel",  # the same at head dimension 256
-        "attention_forward_kernel",  # true fp32 products keep whole rows in registers
+        "attention_dkdv_kernel",  # two accumulators and two score tiles: a few loop invariants go to local memory
+        "attention_dq_kernel",  # true fp32 products keep whole rows in registers
+        "attention_forward_kernel",  # the same
     }
 )
 """Kernels that may use local memory, each with a reason beside it; budget.json says how much."""
