@@ -23,7 +23,7 @@ from triloom.parallel.norms import Clip
 from triloom.placement import NAMED
 from triloom.scaling import Scaling, after, dynamic, fixed, start
 
-BAD_STEP = 3
+BAD_STEP, ATTEMPTS = 7, 9
 
 
 class Poison(nn.Module):
@@ -70,15 +70,15 @@ def test_all_ranks_skip_the_same_step(placement: str, dp: int, pp: int, tp: int,
             optimizer=AdamW(lr=lambda step: 0.01 / (step + 1)),
         )
         out = []
-        for attempt in range(6):
+        for attempt in range(ATTEMPTS):
             before = everything(engine)
             out.append(engine.step(*(t.tensor_split(dp)[engine.groups.axis("dp").rank] for t in batch(attempt))))
             now = everything(engine)
             changed = [key for key in now if not torch.equal(now[key], before[key])]
             assert (not changed) == (attempt == BAD_STEP)
-        assert [m.step for m in out] == [0, 1, 2, 3, 3, 4]
+        assert [m.step for m in out] == [*range(BAD_STEP + 1), *range(BAD_STEP, ATTEMPTS - 1)]
         assert [m.lr for m in out] == [0.01 / (m.step + 1) for m in out]
-        assert [m.skipped for m in out] == [attempt == BAD_STEP for attempt in range(6)]
+        assert [m.skipped for m in out] == [attempt == BAD_STEP for attempt in range(ATTEMPTS)]
         assert "first in " in out[BAD_STEP].note and " on rank " in out[BAD_STEP].note
         engine.close()
         return out
@@ -87,21 +87,24 @@ def test_all_ranks_skip_the_same_step(placement: str, dp: int, pp: int, tp: int,
     assert all(str(r) == str(results[0]) for r in results)
 
 
-def test_too_many_in_a_row_end_the_run_on_every_rank() -> None:
+@pytest.mark.parametrize("most", [2, 10])
+def test_too_many_in_a_row_end_the_run_on_every_rank(most: int) -> None:
     def run(group: Group) -> None:
         units = [nn.Linear(4, 4), Poison(lambda: group.rank == 1, math.inf)]
-        engine = Engine(units, mean_loss(F.mse_loss), world=group, scaling=fixed(max_skips=2))
+        scaling = None if most == fixed().max_skips else fixed(max_skips=most)
+        engine = Engine(units, mean_loss(F.mse_loss), world=group, scaling=scaling)
         x = torch.ones(2, 4)
-        assert [engine.step(x, x).skipped for _ in range(2)] == [True, True]
-        with pytest.raises(DivergedError, match=r"first in 0\.\w+ on rank \d; 3 steps in a row \(max_skips=2\)"):
+        assert [engine.step(x, x).skipped for _ in range(most)] == [True] * most
+        says = rf"first in 0\.\w+ on rank \d; {most + 1} steps in a row \(max_skips={most}\)"
+        with pytest.raises(DivergedError, match=says):
             engine.step(x, x)
         assert engine.steps == 0
 
     run_threads(3, run)
 
 
-@pytest.mark.parametrize("mesh", [{}, {"pp": 2}])
-def test_fp16_scale_halves_and_recovers(mesh: dict[str, int]) -> None:
+@pytest.mark.parametrize("mesh,placement", [({}, "zero1"), ({"pp": 2}, "zero2"), ({}, "zero3")])
+def test_fp16_scale_halves_and_recovers(mesh: dict[str, int], placement: str) -> None:
     """Starts far too high: halves until nothing overflows, then grows after ``interval`` good steps."""
 
     def run(group: Group) -> list[Metrics]:
@@ -112,6 +115,7 @@ def test_fp16_scale_halves_and_recovers(mesh: dict[str, int]) -> None:
             world=group,
             mesh=make_mesh(group.size, **mesh),
             dtype=torch.float16,
+            placement=NAMED[placement](),
             microbatches=2,
             scaling=dynamic(2.0**24, interval=4, max_skips=20),
             optimizer=AdamW(lr=1e-3),
