@@ -132,12 +132,11 @@ class RunCheckpoints:
         """First sample that no step has used."""
         self.stopped: str | None = None
         """Why the run ends early; None: it does not."""
-        self._engine = engine
-        self._saved = -1  # records at the last save
-        self._every = c.every
+        self._begun = -1 if restored is None else self.records
+        self._last_too = c.every > 0
         self._constant = {"config": asdict(config), "data": digest}
         self._checkpoints = Checkpoints(
-            engine, self.folder, every=0, keep=c.keep, keep_every=c.keep_every, asynchronous=c.asynchronous
+            engine, self.folder, every=c.every, keep=c.keep, keep_every=c.keep_every, asynchronous=c.asynchronous
         )
         self._stop = Stop(speak=world.rank == 0)
         engine.totals.notices.append(self._stop.notice)
@@ -146,26 +145,24 @@ class RunCheckpoints:
         """After each step: save when due. Whether the run is to end now, its state saved."""
         self.records += 1
         self.position = position
-        self._checkpoints.after(metrics)
-        steps = self._engine.steps
-        if self._every and not metrics.skipped and steps % self._every == 0:
-            self._save()
+        self._checkpoints.after(metrics, self._extra())
         if metrics.notices & STOP:
             self._save()
-            self._checkpoints.finish()
             self.stopped = self._stop.signal or "a signal to another rank"
         return self.stopped is not None
 
     def finish(self) -> None:
         """At the end of the run: the last state is saved too, where any is."""
-        if self._every and self.stopped is None:
+        if self._last_too and self.stopped is None:
             self._save()
         self._checkpoints.finish()
 
     def _save(self) -> None:
-        if self._saved != self.records:
-            self._saved = self.records
-            self._checkpoints.save(self._extra())
+        """Now, unless that has been done."""
+        last = self._checkpoints.last
+        if self.records != (self._begun if last is None else last["records"]):
+            self._checkpoints.save(self._extra(), wait=True)
+        self._checkpoints.finish()
 
     def _extra(self) -> Mapping[str, Any]:
         return {**self._constant, "samples": self.position, "records": self.records}

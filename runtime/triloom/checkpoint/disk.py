@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,12 @@ from .. import _C
 from ..errors import CheckpointError
 from ..parts import Meeting
 
-CHUNK = 2 << 20
+CHUNK = 1 << 20
 """Bytes of one write."""
-THREADS = 4
+THREADS = 8
 """Writes under way at a time, of one rank."""
+PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every context of the process."""
 
 
 def crc32c(data: bytes | memoryview | bytearray) -> int:
@@ -63,12 +66,28 @@ class Staging:
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
         self._pinned = False
+        self._making: threading.Thread | None = None
         self.tensor = torch.empty(0, dtype=torch.uint8)
+
+    def prepare(self, nbytes: int, device: torch.device) -> None:
+        """Make room in the background, so that the first to need it does not wait."""
+        self._making = threading.Thread(target=self._grow, args=(nbytes, device), name="triloom-staging", daemon=True)
+        self._making.start()
 
     def room(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """uint8 of at least ``nbytes``, a multiple of the page."""
+        self._settle()
+        self._grow(nbytes, device)
+        return self.tensor
+
+    def _settle(self) -> None:
+        if self._making is not None:
+            self._making.join()
+            self._making = None
+
+    def _grow(self, nbytes: int, device: torch.device) -> None:
         if self.tensor.numel() < nbytes:
-            self.close()
+            self._free()
             size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
             self._map = mmap.mmap(-1, size)
             self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -76,10 +95,13 @@ class Staging:
             if device.type == "cuda":
                 _pin(self.tensor)
                 self._pinned = True
-        return self.tensor
 
     def close(self) -> None:
         """Give the memory back."""
+        self._settle()
+        self._free()
+
+    def _free(self) -> None:
         if self._pinned:
             _unpin(self.tensor)
             self._pinned = False
@@ -89,7 +111,7 @@ class Staging:
 
 def _pin(tensor: torch.Tensor) -> None:
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+    torch.cuda.check_error(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, PORTABLE))
 
 
 def _unpin(tensor: torch.Tensor) -> None:

@@ -50,6 +50,11 @@ def save(engine: Engine, folder: str | Path, extra: Mapping[str, Any] | None = N
     Saving(engine, Path(folder), extra or {}, background=False, staging=Staging()).finish()
 
 
+def file_bytes(engine: Engine) -> int:
+    """Size of the file that this rank would write now."""
+    return lay_out([_entry(p) for p in content.written(engine)]).nbytes
+
+
 class Saving:
     """A save under way. Building it is collective and takes the state as it is now; the steps may go on after it.
 

@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ConfigError
 from ..groups.objects import broadcast_object
 from .disk import Staging
 from .loading import Restored, load
-from .saving import TEMPORARY, Saving
+from .saving import TEMPORARY, Saving, file_bytes
 
 if TYPE_CHECKING:
     from ..engine import Engine, Metrics
@@ -75,6 +75,10 @@ class Checkpoints:
         self._staging = Staging()
         self._saving: Saving | None = None
         self._clean = False
+        self.last: Mapping[str, Any] | None = None
+        """``extra`` of the last save that was begun."""
+        if asynchronous and every:
+            self._staging.prepare(file_bytes(engine), engine.scope.device)
         self._notice: Callable[[], int] = lambda: self._saving.notices if self._saving is not None else 0
         engine.totals.notices.append(self._notice)
 
@@ -95,19 +99,20 @@ class Checkpoints:
         if self._every and not metrics.skipped and self._engine.steps % self._every == 0:
             self.save(extra)
 
-    def save(self, extra: Mapping[str, Any] | None = None) -> None:
-        """Save now, after the one under way is done."""
+    def save(self, extra: Mapping[str, Any] | None = None, *, wait: bool = False) -> None:
+        """Save now, after the one under way is done. wait: until it is written."""
         self.finish()
         self._remove_leftovers()
+        self.last = extra or {}
         self._saving = Saving(
             self._engine,
             path_of(self.folder, self._engine.steps),
-            extra or {},
+            self.last,
             staging=self._staging,
-            background=self._asynchronous,
+            background=self._asynchronous and not wait,
             then=self._prune,
         )
-        if not self._asynchronous:
+        if wait or not self._asynchronous:
             self.finish()
 
     def finish(self) -> None:
