@@ -28,6 +28,7 @@ from .parallel import build, cut
 from .parallel.activations import closure_bytes, saved_tensors, unit_bytes
 from .parallel.build import UnitLike
 from .parallel.reduction import Reduction
+from .parallel.splitting import Splitter
 from .placement import Placement
 from .scope import GradWriter, Scope
 from .shards import split_even
@@ -147,16 +148,18 @@ def _trace_one(
 def _trace_unit(
     u: int, module: nn.Module, x: cut.Boundary, extra: tuple[Any, ...], scope: Scope
 ) -> tuple[cut.Boundary, UnitBytes]:
-    sink = _Closures()
+    sink, splitter = _Closures(), Splitter()
+    params = [p for p in module.parameters() if p.requires_grad]
     scope.unit, scope.grads = u, sink
     counters = [FlopCounterMode(display=False, custom_mapping=ATTENTION) for _ in range(3)]
     with counters[0], saved_tensors() as saved:
-        made, record = cut.forward(module, x, *extra)
+        made, record = cut.forward(module, x, *extra, inside=splitter.redirecting(module, params, sink))
+    splitter.settle(record.outputs)
     sizes = unit_bytes(module, saved, [*x.leaves, *pytree.tree_leaves(extra)], made)
     saved.clear()
-    params = [p for p in module.parameters() if p.requires_grad]
     with counters[1]:
         cut.backward(record, [torch.empty_like(y) for y in made.carriers()], params, sink)
+        splitter.hand_over(sink)
     deferred = closure_bytes(module, [write for _, write in sink.all])
     with counters[2]:
         for param, write in sink.all:

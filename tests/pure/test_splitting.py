@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from triloom.engine import Engine
+from triloom.estimate import estimate
 from triloom.groups.base import Group
 from triloom.groups.threads import run_threads
+from triloom.memory import Report
 from triloom.mesh import make_mesh
 from triloom.optim import AdamW
 from triloom.parallel import cut
-from triloom.parallel.build import mean_loss
+from triloom.parallel.build import UnitLike, mean_loss
 from triloom.parallel.cut import Boundary, boundary
 from triloom.parallel.executor import UnitRun
 from triloom.parallel.executor import _gradients as unit_gradients
@@ -26,6 +28,8 @@ from triloom.parallel.guard import guard
 from triloom.parallel.splitting import Splitter, second_pass
 from triloom.parallel.weight_grads import Accumulator, UnitGrads
 from triloom.placement import Placement, zero1, zero3
+from triloom.schedules import zb_h1
+from triloom.tracing import Run
 
 
 class Fn(nn.Module):
@@ -298,3 +302,37 @@ def test_schedules_with_a_separate_w_are_the_bits_of_1f1b(placement: Placement) 
             else {"1": [f"lstm.{kind}_{g}h_l0" for kind in ("weight", "bias") for g in "ih"]}
         )
         assert {k: v for one in got for k, v in one[2].items()} == units, schedule
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.inside(x) @ self.inside[2].weight[:, :16])
+
+
+def test_memory_of_foreign_units_with_a_separate_w_is_foreseen() -> None:
+    x = torch.ones(32, 16)
+    units: dict[str, UnitLike] = {str(i): lambda scope: Deep() for i in range(5)}
+
+    def run(group: Group) -> Report:
+        engine = Engine(
+            units, mean_loss(F.mse_loss), world=group, mesh=make_mesh(2, pp=2), schedule="zb_h1", microbatches=4,
+            optimizer=AdamW(lr=0.1),
+        )  # fmt: skip
+        for _ in range(2):
+            engine.step(x, x)
+        return engine.memory()
+
+    meta = ((32, 16), torch.float32)
+    foreseen = estimate(
+        Run(
+            units=units, loss=mean_loss(F.mse_loss), mesh=make_mesh(2, pp=2), order=zb_h1(2, 4),
+            optimizer=AdamW(lr=0.1), placement=zero1(), inputs=meta, targets=meta,
+        )
+    )  # fmt: skip
+    for seen, said in zip(run_threads(2, run), foreseen, strict=True):
+        assert abs(said.peak["deferred"] / seen.peak["deferred"] - 1) < 0.1
+        assert abs(said.total / seen.total - 1) < 0.05

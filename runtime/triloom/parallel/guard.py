@@ -61,6 +61,11 @@ def guard(param: nn.Parameter, label: str, whole: Callable[[], bool]) -> None:
     param.whole, param.label = whole, label  # type: ignore[attr-defined]
 
 
+def guarded(param: nn.Parameter) -> bool:
+    """Whether the parameter's values come and go, whether they are there now or not."""
+    return hasattr(param, "own_class")
+
+
 def unguard(params: Iterable[nn.Parameter]) -> None:
     """Their values are there."""
     for p in params:

@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ..scope import WeightGrads
-from .guard import ShardedParameter
+from .guard import guarded
 
 _T = torch.Tensor
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -260,7 +260,7 @@ class Splitter:
         self.rest = tuple(self._params[p] for p, kinds in users.items() if "other" in kinds)
         self._own = any("own" in kinds for kinds in users.values())
         alone = bool(self.rest) and not self._late and not self._own
-        sharded = any(isinstance(p, ShardedParameter) for p in self.rest)  # and freed when their W comes
+        sharded = any(map(guarded, self.rest))  # and gone when their W comes
         self._second_pass = self._second_pass and alone and not sharded
 
     def owns(self, param: Any) -> bool:
@@ -349,7 +349,8 @@ class _Redirect(TorchFunctionMode):
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], params: Mapping[int, Any]
     ) -> bool:
         """Whether the gradient of no parameter needs the values of one that is sharded by then."""
-        if not any(isinstance(self._param(p), ShardedParameter) for p in params.values()):
+        owners = (self._param(p) for p in params.values())
+        if not any(p is not None and guarded(p) for p in owners):
             return True
         place, name = REDIRECTED[func]
         names = [*range(len(args)), *kwargs]
