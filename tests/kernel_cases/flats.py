@@ -41,15 +41,15 @@ def exact_sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
-def check_adamw(n: int, grad: torch.dtype, low: torch.dtype | None, device: str) -> None:
+def check_adamw(n: int, grad: torch.dtype, low: torch.dtype | None, device: str, *, seed: int = 0) -> None:
     """Three updates: the bits of the eager ones, which are near those in fp64; gradients of zero, huge and tiny too."""
-    states = [draw(n, seed=i, dtype=torch.float32, device=device) for i in range(3)]
+    states = [draw(n, seed=seed + i, dtype=torch.float32, device=device) for i in range(3)]
     states[2].square_()
     wide = [t.double() for t in states]
     mine, theirs = [t.clone() for t in states], [t.clone() for t in states]
     copies = [None if low is None else torch.empty(n, dtype=low, device=device) for _ in range(2)]
     for step in range(1, 4):
-        g = draw(n, seed=10 + step, dtype=grad, device=device)
+        g = draw(n, seed=seed + 10 + step, dtype=grad, device=device)
         for at, value in ((0, 0.0), (3, 1e4), (5, 1e-7)):
             if n > at:
                 g[at] = value
@@ -64,19 +64,19 @@ def check_adamw(n: int, grad: torch.dtype, low: torch.dtype | None, device: str)
         assert torch.equal(copies[0], copies[1])
 
 
-def check_adamw8(blocks: int, grad: torch.dtype, device: str) -> None:
+def check_adamw8(blocks: int, grad: torch.dtype, device: str, *, seed: int = 0) -> None:
     """Codes of every value, a block of zeros, and a first step from nothing."""
     n = blocks * BLOCK
-    gen = torch.Generator().manual_seed(blocks)
+    gen = torch.Generator().manual_seed(seed + blocks)
     states = [
-        draw(n, seed=1, dtype=torch.float32),
+        draw(n, seed=seed + 1, dtype=torch.float32),
         torch.randint(256, (n,), generator=gen, dtype=torch.uint8),
         torch.rand(blocks, generator=gen),
         torch.randint(256, (n,), generator=gen, dtype=torch.uint8),
         torch.rand(blocks, generator=gen),
     ]
     states[2][0] = states[4][0] = 0.0
-    g = draw(n, seed=2, dtype=grad, device=device)
+    g = draw(n, seed=seed + 2, dtype=grad, device=device)
     g[: BLOCK // 2] = 0
     mine, theirs = ([t.to(device, copy=True) for t in states] for _ in range(2))
     with poisoned():
@@ -86,8 +86,8 @@ def check_adamw8(blocks: int, grad: torch.dtype, device: str) -> None:
         assert torch.equal(a, b)
 
 
-def check_square_sums(n: int, dtype: torch.dtype, device: str) -> None:
-    x = draw(n, seed=n, dtype=dtype, device=device, scale=30)
+def check_square_sums(n: int, dtype: torch.dtype, device: str, *, seed: int = 0) -> None:
+    x = draw(n, seed=seed + n, dtype=dtype, device=device, scale=30)
     with poisoned():
         got = ordered_sums.square_sums(x)
     assert torch.equal(got, sums.square_sums(x))
@@ -100,11 +100,11 @@ def check_square_sums(n: int, dtype: torch.dtype, device: str) -> None:
             assert finite.logical_not().nonzero().flatten().tolist() == [n // 2 // sums.BLOCK]
 
 
-def check_rank_sum(ranks: int, n: int, dtype: torch.dtype, device: str) -> None:
-    parts = draw(ranks, n, seed=ranks, dtype=dtype, device=device)
+def check_rank_sum(ranks: int, n: int, dtype: torch.dtype, device: str, *, seed: int = 0) -> None:
+    parts = draw(ranks, n, seed=seed + ranks, dtype=dtype, device=device)
     for out_dtype in (dtype, torch.float32):
         for accumulate in (False, True):
-            one, other = (draw(n, seed=7, dtype=out_dtype, device=device) for _ in range(2))
+            one, other = (draw(n, seed=seed + 7, dtype=out_dtype, device=device) for _ in range(2))
             with poisoned():
                 ordered_sums.rank_sum_(one, parts, accumulate=accumulate)
             assert torch.equal(one, sums.rank_sum_(other, parts, accumulate=accumulate))
@@ -114,10 +114,10 @@ def check_rank_sum(ranks: int, n: int, dtype: torch.dtype, device: str) -> None:
     assert torch.equal(sums.rank_sum_(torch.empty(n, device=device), parts), folded)
 
 
-def check_pack(dtype: torch.dtype, bucket: torch.dtype, device: str) -> None:
+def check_pack(dtype: torch.dtype, bucket: torch.dtype, device: str, *, seed: int = 0) -> None:
     """Tensors of many shapes, empty ones too; adding back what was packed."""
     shapes = [(3, 5), (0,), (300,), (1,), (7, 11), (2, 0, 3), (257,)]
-    tensors = [draw(*s, seed=i, dtype=dtype, device=device) for i, s in enumerate(shapes)]
+    tensors = [draw(*s, seed=seed + i, dtype=dtype, device=device) for i, s in enumerate(shapes)]
     n = sum(t.numel() for t in tensors)
     with poisoned():
         got = packed.pack_(torch.empty(n, dtype=bucket, device=device), tensors, 0.3)
@@ -129,10 +129,10 @@ def check_pack(dtype: torch.dtype, bucket: torch.dtype, device: str) -> None:
     packed.pack_(torch.empty(0, dtype=bucket, device=device), tensors[1:2])
 
 
-def check_quantise(block: int, blocks: int, dtype: torch.dtype, device: str) -> None:
+def check_quantise(block: int, blocks: int, dtype: torch.dtype, device: str, *, seed: int = 0) -> None:
     """The bits of the eager codes; what is decoded is within half a step; blocks of zeros, with nan and with inf."""
     n = block * blocks
-    x = draw(3, n, seed=block, dtype=dtype, device=device, scale=10)
+    x = draw(3, n, seed=seed + block, dtype=dtype, device=device, scale=10)
     x[1, :block] = 0
     with poisoned():
         words = packed.quantise(x, block)
@@ -151,9 +151,9 @@ def check_quantise(block: int, blocks: int, dtype: torch.dtype, device: str) -> 
     assert not decoded[0].isfinite() and not decoded[-1].isfinite()
 
 
-def check_largest(rows: int, n: int, count: int, dtype: torch.dtype, device: str) -> None:
+def check_largest(rows: int, n: int, count: int, dtype: torch.dtype, device: str, *, seed: int = 0) -> None:
     """The same choice as the eager one; what is packed and what is left make up the whole; the sum of the rows."""
-    x, left = (draw(rows, n, seed=s, dtype=dtype, device=device) for s in (1, 2))
+    x, left = (draw(rows, n, seed=seed + s, dtype=dtype, device=device) for s in (1, 2))
     (words, rest), (words_, rest_) = packed.take_largest(x, left, count), packing.take_largest(x, left, count)
     assert torch.equal(words, words_)
     assert torch.equal(rest, rest_)
@@ -165,10 +165,13 @@ def check_largest(rows: int, n: int, count: int, dtype: torch.dtype, device: str
     assert (rest.abs().amax(1) <= (x + left).abs().sort(dim=1, descending=True).values[:, count - 1]).all()
 
 
-def check_weight_product(n: int, v: int, h: int, dtype: torch.dtype, device: str) -> None:
+def check_weight_product(n: int, v: int, h: int, dtype: torch.dtype, device: str, *, seed: int = 0) -> None:
     """Against fp64, from an accumulator that is not zero; rows apart."""
-    grad, x = draw(n, v + 3, seed=1, dtype=dtype, device=device)[:, :v], draw(n, h, seed=2, dtype=dtype, device=device)
-    out = draw(v, h, seed=3, dtype=torch.float32, device=device)
+    grad, x = (
+        draw(n, v + 3, seed=seed + 1, dtype=dtype, device=device)[:, :v],
+        draw(n, h, seed=seed + 2, dtype=dtype, device=device),
+    )
+    out = draw(v, h, seed=seed + 3, dtype=torch.float32, device=device)
     wanted = out.double() + grad.double().t() @ x.double()
     weight_product.add_product_(out, grad, x)
     near(out, wanted, TOLERANCE[torch.float32], "product")
