@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,3 +256,34 @@ def test_rows_that_contradict_themselves() -> None:
         zero1().with_(rounding="up")
     with pytest.raises(ConfigError, match="not for params.dtype = 'float32'"):
         zero1().with_(rounding="kahan", params=State(dtype="float32"))
+
+
+@pytest.mark.parametrize("way,rule", [("kahan, low states", "adamw"), ("stochastic, low states", "muon")])
+def test_a_checkpoint_goes_on_bit_for_bit_on_another_stage(way: str, rule: str, tmp_path: Path) -> None:
+    """Four steps at once, and two and two with a checkpoint in between."""
+
+    def run(group: Group, base: Placement, steps: range, load: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+        engine = Engine(
+            [nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8).bfloat16()], mean_loss(F.mse_loss), world=group, seed=1,
+            placement=row(base, way), optimizer=RULES[rule], dtype=torch.bfloat16,
+        )  # fmt: skip
+        if load:
+            engine.load(tmp_path)
+        else:
+            with torch.no_grad(), engine.gathered():
+                for m in engine.modules.values():
+                    for p in m.parameters():
+                        p.copy_(torch.linspace(-1, 1, p.numel()).view(p.shape))
+        losses = []
+        for step in steps:
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step)).bfloat16()
+            losses.append(engine.step(*(t.tensor_split(2)[group.rank] for t in (x, x.tanh()))).loss)
+        if len(steps) == 2 and not load:
+            engine.save(tmp_path)
+        return losses, engine.full_state()
+
+    whole = run_threads(2, partial(run, base=zero1(), steps=range(4), load=False))[0]
+    first = run_threads(2, partial(run, base=zero1(), steps=range(2), load=False))[0]
+    then = run_threads(2, partial(run, base=zero3(), steps=range(2, 4), load=True))[0]
+    assert first[0] + then[0] == whole[0]
+    assert all(torch.equal(then[1][name], value) for name, value in whole[1].items())

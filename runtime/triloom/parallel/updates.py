@@ -21,7 +21,9 @@ from .precision import COMPENSATION
 from .segments import EACH, Call
 
 CHUNK = 1 << 16
-"""Elements of a flat piece that are widened at a time: the copies stay in the cache."""
+"""Elements of a flat piece that a host widens at a time: the copies stay in its cache."""
+DEVICE_CHUNK = 1 << 24
+"""The same of another device: kernels that pay off, and copies of 64 MiB each."""
 
 
 class Updates:
@@ -144,7 +146,7 @@ def _pieces(state: BucketState, call: Call) -> Iterator[_Piece]:
     n, start = call.span.stop - call.span.start, call.span.start
     whole = call.treatment.rule.reach is None
     numbers = {name: t.clone() for name, t in call.states.items() if call.per[name] == EACH}
-    size = n if whole else CHUNK
+    size = n if whole else CHUNK if state.master.device.type == "cpu" else DEVICE_CHUNK
     for lo in range(0, n, size):
         hi = min(n, lo + size)
         span = slice(start + lo, start + hi)
