@@ -125,6 +125,26 @@ def test_a_padded_vocabulary_is_cut(tmp_path: Path) -> None:
         save_folder(engine, tmp_path / "hf", config)
 
 
+def test_a_folder_that_cannot_be_written_is_told_by_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full at the third tensor; nobody waits for the writer for ever."""
+    config = llama(vocab=40, hidden=16, layers=2, heads=2)
+
+    def full(folder: Path, config: Any, shapes: Any, dtype: Any, tensors: Any, shard_bytes: int) -> None:
+        for number, _ in enumerate(tensors):
+            if number == 3:
+                raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("triloom.hf.convert.write_folder", full)
+
+    def body(group: Group) -> None:
+        engine = our_engine(group, config, torch.float64, {"tp": 2, "pp": 2})
+        with pytest.raises(ConfigError, match="could not be written: .*No space left"):
+            save_folder(engine, tmp_path / "hf", config)
+        assert engine.step(torch.ones(4, 5, dtype=torch.int64), torch.ones(4, 5, dtype=torch.int64)).loss > 0
+
+    run_threads(4, body)
+
+
 def test_a_folder_of_another_model_changes_nothing_on_any_rank(tmp_path: Path) -> None:
     theirs("llama").save_pretrained(tmp_path / "hf")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 from ..config import load
 from ..config.rules import above, at_least, one_of
 from ..config.schema import Section
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -43,14 +44,21 @@ def _from_folder(options: ConvertOptions, source: str, out: str) -> int:
     """On all ranks there are."""
     from .. import boot
     from ..hf.checkpoints import to_checkpoint
+    from ..together import SetupError, together
 
     if options.dtype is not None or options.vocab is not None:
         raise ConfigError(
             "dtype and vocab are of a Hugging Face folder to be written; a checkpoint's stand in --config"
         )
-    config = None if options.config is None else load((), options.config).config
     with boot.init() as world:
-        resolved = to_checkpoint(world, source, out, config)
+        try:
+            given = options.config
+            config = together(world.group, lambda: None if given is None else load((), given).config)
+            resolved = to_checkpoint(world, source, out, config)
+        except (SetupError, CheckpointError) as problem:  # on every rank alike: told once
+            if world.rank == 0:
+                print(f"triloom: {problem}", file=sys.stderr, flush=True)
+            return 2 if isinstance(problem, SetupError) else 1
         if world.rank == 0:
             m = resolved.model
             print(

@@ -57,19 +57,26 @@ def save_folder(
     """Write a decoder as a Hugging Face folder; collective, between steps. Rank 0 writes, one bucket is whole at once.
 
     dtype: of the tensors; None: that of the parameters, a wider one takes the masters. vocab: leave out the rows of a
-    padded vocabulary from there on. Raises SetupError on every rank before anything is written.
+    padded vocabulary from there on. Raises SetupError on every rank.
     """
     world, own = engine.world, engine.scope.dtype
     dtype = dtype or own
     plan = together(world, lambda: Export(config, vocab, path if world.rank == 0 else None))
     kind = "master" if dtype.itemsize > own.itemsize else "params"
-    whole = _stream(engine, kind)
+    whole, problem = _stream(engine, kind), None
     if world.rank == 0:
-        plan.write(dtype, whole, shard_bytes)
-    else:
-        for _ in whole:
-            pass
-    world.barrier().wait()
+        try:
+            plan.write(dtype, whole, shard_bytes)
+        except (OSError, ConfigError) as error:
+            problem = ConfigError(f"{path} could not be written: {error}; give a folder with room")
+    for _ in whole:  # on ranks that do not write, and on one that could not: the others wait for it
+        pass
+    together(world, lambda: _tell(problem))
+
+
+def _tell(problem: ConfigError | None) -> None:
+    if problem is not None:
+        raise problem
 
 
 def _stream(engine: Engine, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -97,10 +104,6 @@ class Export:
             raise ConfigError(f"vocab = {vocab} is more than the {config.vocab} tokens of the model")
         self.folder = None if path is None else check_target(path)
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a Hugging Face tensor, without the rows of a padded vocabulary."""
-        return (self.vocab, *shape[1:])
-
     def write(
         self,
         dtype: torch.dtype,
@@ -112,7 +115,7 @@ class Export:
             raise TypeError("an Export without a folder cannot write")
         blocks = {block.name: block for blocks in self.table.values() for block in blocks}
         cut = {block.name for name in PADDED for block in self.table.get(name, ())}
-        shapes = {name: self.shape(b.shape) if name in cut else b.shape for name, b in blocks.items()}
+        shapes = {name: (self.vocab, *b.shape[1:]) if name in cut else b.shape for name, b in blocks.items()}
         config = {**to_json(self.config, str(dtype).removeprefix("torch.")), "vocab_size": self.vocab}
         write_folder(self.folder, config, shapes, dtype, self._theirs(parameters, cut), shard_bytes)
 
