@@ -1,7 +1,7 @@
 """Each kernel compiles for every architecture within its committed budget of registers, spills and shared memory.
 
 ``pytest tests/kernels/compile --write-budget`` takes the present needs as the budget; read the difference before
-committing it.
+committing it. Registers are allotted in eights; one more eight is left for what Triton's versions differ in.
 """
 
 from __future__ import annotations
@@ -64,15 +64,28 @@ def check(found: Measured, arch: int) -> None:
         assert used["registers"] * 32 * options.get("num_warps", 4) <= 65536, f"does not fit the registers: {told}"
 
 
+def most(found: Measured) -> dict[str, dict[str, int]]:
+    """The largest need of each kernel."""
+    needs: dict[str, dict[str, int]] = {}
+    for kernel, _, used in found:
+        before = needs.setdefault(kernel, used)
+        needs[kernel] = {what: max(before[what], used[what]) for what in used}
+    return needs
+
+
+def roomy(registers: int) -> int:
+    return min(255, -(-registers // 8) * 8 + 8)
+
+
 @pytest.mark.parametrize("key", PRODUCT, ids=lambda key: f"{key[0]}-sm_{key[1]}")
 def test_within_budget(key: tuple[str, int], compiled: Mapping[Any, Future[Measured]], request: Any) -> None:
     case, arch = key
     found = compiled[key].result(timeout=300)
     check(found, arch)
-    needs = {kernel: used for kernel, _, used in found}
+    needs = most(found)
     if request.config.getoption("--write-budget"):
         known = budget()
-        known.setdefault(case, {})[str(arch)] = needs
+        known.setdefault(case, {})[str(arch)] = {k: {**n, "registers": roomy(n["registers"])} for k, n in needs.items()}
         BUDGET.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     allowed = budget().get(case, {}).get(str(arch), {})
     assert set(allowed) == set(needs), f"budget.json has other kernels for {case}; see the top of this file"
