@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -18,9 +19,10 @@ import torch
 import checkpoint_cases as cases
 from triloom import boot
 from triloom.checkpoint import found, path_of
+from triloom.cli import main, read_options
 from triloom.config import load
 from triloom.data import Windows
-from triloom.errors import CheckpointError, TriloomError
+from triloom.errors import CheckpointError, ConfigError, TriloomError
 from triloom.groups.base import Group
 from triloom.groups.threads import run_threads
 from triloom.runlog import Result, read_metrics
@@ -267,3 +269,58 @@ def test_the_second_signal_leaves_at_once_even_in_native_code() -> None:
     assert process.wait(5) == 128 + signal.SIGTERM
     process.stdout.close()
     process.stderr.close()
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "triloom", *words], capture_output=True, text=True, timeout=60)
+
+
+def test_the_command_looks_at_checkpoints(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    run(config, 2, ["--run.dir", str(folder), "--parallel.dp", "2"])
+    newest = path_of(folder / "checkpoints", 8)
+    for place in (folder, folder / "checkpoints", newest):
+        assert main(["checkpoint", "inspect", str(place)]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"{newest}\nafter 8 updates on dp=2 x pp=1 x tp=1") and "next sample 32" in said
+    assert main(["checkpoint", "inspect", str(folder), "--json", "--tensors"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["others"] == ["step-00000004"] and about["step"] == 8
+    assert about["states"]["exp_avg"]["dtypes"] == ["F32"]
+    assert about["tensors"]["params/embed.tokens.weight"]["shape"] == [256, 16]
+    assert about["extra"]["config"]["train"]["steps"] == 8
+    assert main(["checkpoint", "verify", str(folder)]) == 0
+    assert capsys.readouterr().out.count(": whole, ") == 2
+    file = path_of(folder / "checkpoints", 4) / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert main(["checkpoint", "verify", str(folder)]) == 1
+    assert "step-00000004: DAMAGED: " in capsys.readouterr().out
+    assert main(["checkpoint", "verify", str(folder), "--newest"]) == 0
+    for words, text in (
+        (["look", str(folder)], "knows inspect, verify"),
+        (["verify", str(tmp_path)], "is no checkpoint and holds none"),
+        (["verify"], "takes one folder, got nothing"),
+    ):
+        assert main(["checkpoint", *words]) == 2
+        assert text in capsys.readouterr().err
+
+
+def test_resume_takes_the_configuration_of_the_run(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(config, 1, ["--run.dir", str(folder), "--train.steps", "4"])
+    for place in (folder, folder / "checkpoints", path_of(folder / "checkpoints", 4)):
+        options = read_options(["--resume", str(place), "--train.steps", "8"])
+        assert options.config == str(folder / "config.toml")
+        assert options.words == ("--train.steps", "8", f"--run.resume={place}")
+    assert read_options(["--resume", str(folder), "--config", "mine.toml"]).config == "mine.toml"
+    assert read_options(["--resume", "--run.dir=x"]).words == ("--run.dir=x", "--run.resume=auto")
+    with pytest.raises(ConfigError, match="--resume is given twice"):
+        read_options(["--resume", "a", "--resume=b"])
+    done = command("train", "--resume", str(folder), "--train.steps", "8")
+    assert done.returncode == 0, done.stderr
+    assert "goes on after step 4" in done.stdout and len(told(folder)) == 8
+    nothing = command("train", "--resume", str(tmp_path))
+    assert nothing.returncode == 2 and "holds no checkpoint" in nothing.stderr
