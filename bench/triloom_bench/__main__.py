@@ -57,6 +57,10 @@ BENCHES: dict[str, Bench] = {
         (Launch(2, "nanogpt", rounds=False),),
     ),
     "nccl": Bench("every collective over NCCL against torch's and cupy's; host cost", (Launch(0, "comm_nccl"),)),
+    "kernels": Bench(
+        "every kernel against torch, torch.compile and others; without a GPU the eager references alone",
+        (Launch(1, "kernels"),),
+    ),
     "executor": Bench(
         "what the executor adds to the torch calls of an action, units that do nothing", (Launch(1, "executor"),)
     ),
