@@ -287,3 +287,33 @@ def test_a_checkpoint_goes_on_bit_for_bit_on_another_stage(way: str, rule: str, 
     then = run_threads(2, partial(run, base=zero3(), steps=range(2, 4), load=True))[0]
     assert first[0] + then[0] == whole[0]
     assert all(torch.equal(then[1][name], value) for name, value in whole[1].items())
+
+
+@pytest.mark.parametrize("rounding", ["master", "kahan"])
+def test_to_read_gathered_parameters_changes_nothing_and_to_write_them_counts(rounding: str) -> None:
+    """What is kept besides the bf16 values stays, but for those that were written."""
+
+    def run(group: Group, look: bool) -> list[float]:
+        engine = Engine(
+            [nn.Linear(8, 8).bfloat16()], mean_loss(F.mse_loss), world=group, dtype=torch.bfloat16,
+            placement=zero3().with_(rounding=rounding), optimizer=SGD(lr=1e-3),
+        )  # fmt: skip
+        with engine.gathered(), torch.no_grad():
+            engine.modules[0].weight.copy_(torch.linspace(-1, 1, 64).view(8, 8))
+            engine.modules[0].bias.fill_(1.0)
+        losses = []
+        for step in range(12):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step)).bfloat16()
+            losses.append(engine.step(*(t.tensor_split(2)[group.rank] for t in (x, x))).loss)
+            if look:
+                with engine.gathered():
+                    assert engine.modules[0].weight.isfinite().all()
+        with engine.gathered(), torch.no_grad():
+            engine.modules[0].weight[0].fill_(3.0)
+        kind = "master" if rounding == "master" else "compensation"
+        kept = engine.full_state(kind)["0.weight"]
+        assert bool((kept[0] == (3.0 if rounding == "master" else 0.0)).all())
+        assert bool((kept[1:].float() != engine.full_state()["0.weight"][1:].float()).any())
+        return losses
+
+    assert run_threads(2, partial(run, look=True)) == run_threads(2, partial(run, look=False))

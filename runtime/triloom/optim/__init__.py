@@ -1,7 +1,9 @@
 '''Optimizers: rules over pieces of parameters, and learning-rate schedules.
 
 Element-wise on flat shards: AdamW, SGD, Lion, AdamW8bit (block-wise), TorchOptimizer (those of ``torch.optim``).
-On whole tensors, each of which one dp rank then updates: Muon, Adafactor. Any of them runs under every placement.
+On whole tensors, each of which one dp rank then updates (its tp ranks put it together and all compute the same):
+Muon, Adafactor. Any of them runs under every placement. A parameter that had no gradient on any rank is left alone, as
+by torch: no decay, no change of its states, and its count of updates stays.
 Parameters can be treated differently by ``groups``, in the order given, by name and shape::
 
     AdamW(lr=3e-4, groups=(Group(match=lambda name, shape: "embed" in name, lr_scale=0.1, weight_decay=0.0),))

@@ -16,7 +16,7 @@ from ..groups.base import Work
 from ..placement import Placement
 from .flat import Bucket, Slot
 from .guard import guard_again, unguard
-from .precision import Precision
+from .precision import COMPENSATION, Precision
 from .segments import Call, Known, Segment, calls, cut, keep
 from .weight_grads import Accumulator
 
@@ -162,6 +162,21 @@ class BucketState:
             self.pattern = pattern
             self.calls = [call for segment in self.segments for call in calls(segment, missed, absent)]
         return self.calls
+
+    def rounded_values(self) -> torch.Tensor | None:
+        """Parameters that have more precision elsewhere, as they are now, for :meth:`take_over`."""
+        return self.master.clone() if self.precision.compensated else None
+
+    def take_over(self, before: torch.Tensor | None) -> None:
+        """Parameters were perhaps written by hand: what was has no more precision than it shows, the others keep
+        theirs. before: of :meth:`rounded_values`."""
+        low = self.low
+        if low is not None:
+            self.master.copy_(torch.where(self.master.to(low.dtype) == low, self.master, low.to(self.master.dtype)))
+        if before is not None:
+            for segment in self.segments:
+                span = segment.cut.span
+                segment.states[COMPENSATION].view(-1).mul_(self.master[span] == before[span])
 
     def zero_padding(self) -> None:
         """Of the whole gradient: a block of a reduction, or of a rule, may reach into it."""

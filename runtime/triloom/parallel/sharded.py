@@ -118,7 +118,7 @@ class ShardedState:
             self._units_of.setdefault(p.name, set()).add(p.unit)
             known = self._of_name.get(p.name)
             if known is not None:
-                self._use(known, next(s for s in known.bucket.slots if s.name == p.name), p)
+                self._use(known, known.slots[p.name], p)
                 continue
             if p.name not in self._waiting:
                 self.params[p.name] = p
@@ -386,15 +386,15 @@ class ShardedState:
         What is written is kept: by the rank that owns the part, so every rank must write the same.
         """
         wanted = [b for b in self.buckets if names is None or any(s.name in names for s in b.bucket.slots)]
+        before = [state.rounded_values() for state in wanted]
         for state in wanted:
             if state.residency.params:
                 self.dp.all_gather(state.params.provide(), state.param_shard).wait()
         try:
             yield
         finally:
-            for state in wanted:
+            for state, values in zip(wanted, before, strict=True):
                 if state.residency.params:
                     state.param_shard.copy_(state.params.tensor[state.shard])
                     state.params.release()
-                if state.low is not None:
-                    state.master.copy_(state.low)
+                state.take_over(values)
