@@ -31,6 +31,7 @@ from .models import Model, decoder
 from .optim.configured import make_optimizer as make_optimizer
 from .parallel.executor import Recorder
 from .parallel.reduction import REDUCTIONS
+from .parallel.splitting import describe_unsplit
 from .plan import Plan, make_plan
 from .plan_rules import held_out
 from .program_file import check, has_state
@@ -165,6 +166,9 @@ def train(
     saves = RunCheckpoints(job.plan.config, engine, log.folder, world, job.data.digest, restored)
     with log, saves:
         result = Loop(job, engine, log, world, timing, saves).run()
+    unsplit = describe_unsplit(gather_objects(world.group, engine.unsplit))
+    if unsplit and world.rank == 0:
+        print(unsplit, file=out or sys.stdout, flush=True)
     # Not after an error: releasing a group may wait for ranks that wait for this one.
     engine.close()
     return result

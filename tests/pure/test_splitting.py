@@ -22,10 +22,11 @@ from triloom.optim import AdamW
 from triloom.parallel import cut
 from triloom.parallel.build import UnitLike, mean_loss
 from triloom.parallel.cut import Boundary, boundary
+from triloom.parallel.deferred_calls import Sum
 from triloom.parallel.executor import UnitRun
 from triloom.parallel.executor import _gradients as unit_gradients
 from triloom.parallel.guard import guard
-from triloom.parallel.splitting import Splitter, second_pass
+from triloom.parallel.splitting import Splitter, describe_unsplit, second_pass
 from triloom.parallel.weight_grads import Accumulator, UnitGrads
 from triloom.placement import Placement, zero1, zero3
 from triloom.schedules import zb_h1
@@ -151,7 +152,7 @@ def gradients(
         sink.deferring = mb
         unit = UnitRun(0, module, list(params.values()), sink, splitter=splitter)
         made += unit_gradients(unit, record, [torch.randn(y.shape, generator=gen).to(dtype)])
-        late = [w for w in sink.pending.get(mb, ()) if type(w[1]).__name__ == "_Sum"]
+        late = [w for w in sink.pending.get(mb, ()) if isinstance(w[1], Sum)]
         if freed:
             with without_memory(params.values()):
                 sink.flush(mb)
@@ -311,6 +312,12 @@ class Deep(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.tanh(self.inside(x) @ self.inside[2].weight[:, :16])
+
+
+def test_units_that_cannot_be_split_are_named_in_a_line() -> None:
+    assert describe_unsplit([{}, {}]) == ""
+    line = describe_unsplit([{}, {"rnn": ["a", "b", "c", "d"]}, {"rnn": ["a", "b", "c", "d"]}])
+    assert line.endswith("nothing of the unit can wait for W: rnn (a, b, c, ...)")
 
 
 def test_memory_of_foreign_units_with_a_separate_w_is_foreseen() -> None:
