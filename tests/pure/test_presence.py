@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -305,3 +306,27 @@ def test_other_stages_must_be_told_of_units_that_they_do_not_have() -> None:
         return [engine.step(x, y).loss]
 
     run_threads(2, run)
+
+
+def test_a_checkpoint_of_parameters_that_were_frozen_and_trained(tmp_path: Path) -> None:
+    """One trained from step 1 on, one frozen from step 2 on: both have state, and have missed steps."""
+
+    def run(group: Ranks, placement: Placement, save: bool) -> float:
+        made = chain()[:2]
+        made[0].requires_grad_(not save)
+        engine = Engine(made, mean_loss(F.mse_loss), world=group, placement=placement, optimizer=AdamW(lr=0.1))
+        (x, _), y = batch(0)
+        if save:
+            engine.step(x, y)
+            made[0].requires_grad_(True)
+            engine.step(x, y)
+            made[1].requires_grad_(False)
+            engine.step(x, y)
+            engine.save(tmp_path)
+        else:
+            engine.load(tmp_path)
+            made[1].requires_grad_(False)
+        return engine.step(x, y).loss
+
+    first = run_threads(2, partial(run, placement=NAMED["zero3"](), save=True))
+    assert run_threads(2, partial(run, placement=NAMED["zero1"]().with_(cadence="microbatch"), save=False)) == first

@@ -85,7 +85,8 @@ def set_own(engine: Engine, found: Mapping[str, torch.Tensor]) -> None:
 def _fixed(engine: Engine) -> list[StatePiece]:
     names = list(engine.named)
     canonical = {name: tie.names[0] for tie in engine.ties for name in tie.names}
-    return list(fixed_tensors({names[u]: m for u, m in sorted(engine.modules.items())}, canonical))
+    units = {names[u]: m for u, m in sorted(engine.modules.items())}
+    return list(fixed_tensors(units, canonical, {param for _, param in engine.state.uses}))
 
 
 def layout_print(engine: Engine) -> int:

@@ -10,7 +10,7 @@ such part is a tensor of its own (``exp_avg/0.weight[0:0-12]``), which fits any 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -147,13 +147,17 @@ def _suffix(spec: ShardSpec) -> str:
     return f"[{whole.dim}:{','.join(f'{lo}-{hi}' for lo, hi in whole.slices)}]"
 
 
-def fixed_tensors(units: Mapping[str, nn.Module], canonical: Mapping[str, str]) -> Iterator[StatePiece]:
+def fixed_tensors(
+    units: Mapping[str, nn.Module], canonical: Mapping[str, str], known: Collection[int] = ()
+) -> Iterator[StatePiece]:
     """Frozen parameters and persistent buffers of this rank's units, by unit name; a storage that is used twice is
-    given once. canonical: first name of each tied parameter, by its other names."""
+    given once. canonical: first name of each tied parameter, by its other names; known: ids of parameters that have
+    state, though they are frozen now."""
     seen: set[int] = set()
     for unit, module in units.items():
         for prefix, owner in module.named_modules():
-            frozen = {n: p for n, p in owner._parameters.items() if p is not None and not p.requires_grad}
+            own = {n: p for n, p in owner._parameters.items() if p is not None and id(p) not in known}
+            frozen = {n: p for n, p in own.items() if not p.requires_grad}
             lasting = {
                 n: t for n, t in owner._buffers.items() if t is not None and n not in owner._non_persistent_buffers_set
             }
