@@ -19,6 +19,8 @@ from triloom.groups.base import Group
 from triloom.groups.threads import run_threads
 from triloom.mesh import make_mesh
 from triloom.optim import AdamW
+from triloom.parallel import cut
+from triloom.parallel.weight_grads import Accumulator, UnitGrads
 from triloom.placement import Placement, zero1, zero3
 from triloom.verify import Held, held
 
@@ -147,3 +149,30 @@ PAIRS = [
 def test_tensors_are_as_many_after_50_steps(schedule: str, row: str) -> None:
     for counts in run_threads(2, partial(storages, schedule=schedule, placement=ROWS[row])):
         assert set(counts[3:]) == {counts[3]}, counts
+
+
+class Residual(nn.Module):
+    """Its sum is saved by nobody; with ``tanh`` after it, autograd saves the output."""
+
+    def __init__(self, saved: bool) -> None:
+        super().__init__()
+        self.lin, self.saved = nn.Linear(WIDTH, WIDTH), saved
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x + self.lin(x)
+        return torch.tanh(out) if self.saved else out
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_output_that_was_sent_is_held_only_if_its_backward_needs_it(saved: bool) -> None:
+    unit, x = Residual(saved), torch.ones(3, WIDTH)
+    params = list(unit.parameters())
+    grads = {id(p): Accumulator("p", torch.zeros_like(p)) for p in params}
+    out, record = cut.forward(unit, cut.Boundary([x], cut.boundary(x).spec, (True,)))
+    want = torch.autograd.grad(unit(fresh := x.clone().requires_grad_()).sum(), [fresh, *params])
+    output = StorageWeakRef(out.leaves[0].untyped_storage())
+    del out
+    assert output.expired() != saved
+    (dx,) = cut.backward(record, [torch.ones(3, WIDTH)], params, UnitGrads(grads))
+    assert torch.equal(dx, want[0])
+    assert all(torch.equal(grads[id(p)].settle(), g) for p, g in zip(params, want[1:], strict=True))
