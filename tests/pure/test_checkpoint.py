@@ -39,7 +39,10 @@ def moved(name: str, source: Path, target: Path) -> None:
     run_threads(CASES[name].ranks, body)
 
 
-@pytest.mark.parametrize("start", ["dp2_tp2", "one", "dp2_pp2"])
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize("start", ["dp2_tp2", pytest.param("one", marks=FULL), pytest.param("dp2_pp2", marks=FULL)])
 def test_every_mesh_loads_what_any_other_saved(tmp_path: Path, start: str) -> None:
     trained(start, tmp_path / start)
     want = cases.canonical(tmp_path / start)

@@ -81,7 +81,13 @@ def steps(engine: Engine, count: int) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize("name", KINDS)
+FULL = ("adamw", "fp16", "lion", "sgd", "stochastic")
+"""Whose states are like those of another kind."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in KINDS]
+)
 def test_every_state_is_there_again(tmp_path: Path, name: str) -> None:
     kind = KINDS[name]
 

@@ -112,6 +112,7 @@ def test_sigusr1_through_mpirun_saves_on_all_ranks_and_leaves_with_75(tmp_path: 
     assert len(metrics.read_text().splitlines()) == step + 2
 
 
+@pytest.mark.full
 def test_sigterm_to_mpirun_saves_if_the_state_is_small(tmp_path: Path) -> None:
     """Open MPI gives the ranks a moment, and returns a code of its own."""
     folder = tmp_path / "run"

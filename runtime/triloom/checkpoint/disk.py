@@ -71,7 +71,7 @@ class Staging:
 
     def prepare(self, nbytes: int, device: torch.device) -> None:
         """Make room in the background, so that the first to need it does not wait."""
-        self._making = threading.Thread(target=self._grow, args=(nbytes, device), name="triloom-staging", daemon=True)
+        self._making = threading.Thread(target=self._grow, args=(nbytes, device), name="triloom-staging")
         self._making.start()
 
     def room(self, nbytes: int, device: torch.device) -> torch.Tensor:

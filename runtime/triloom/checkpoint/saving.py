@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import _C
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..groups.objects import broadcast_object, gather_objects
 from ..together import together
 from . import content
@@ -44,10 +44,14 @@ PENDING, FAILED = 1, 2
 def save(engine: Engine, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
     """Write all of the engine's state to a new ``folder``, which every rank must see; collective, between steps.
 
-    extra: JSON values to be given back by ``load``, the same on every rank. The folder appears complete or not at all.
-    Raises CheckpointError on every rank.
+    extra: JSON values that ``load`` gives back; those of rank 0 count. The folder appears complete or not at all; a
+    checkpoint that is there is replaced. Raises CheckpointError on every rank.
     """
-    Saving(engine, Path(folder), extra or {}, background=False, staging=Staging()).finish()
+    staging = Staging()
+    try:
+        Saving(engine, Path(folder), extra or {}, background=False, staging=staging).finish()
+    finally:
+        staging.close()
 
 
 def file_bytes(engine: Engine) -> int:
@@ -80,7 +84,7 @@ class Saving:
         """What to do when no rank is busy; None: all is done."""
         self._world = engine.world
         self._mesh = dict(engine.mesh.axes)
-        self._extra = json.loads(json.dumps(extra, allow_nan=False))
+        self._extra = _as_json(extra)
         self._background = background
         self._task: threading.Thread | None = None
         self._error: str | None = None
@@ -157,7 +161,7 @@ class Saving:
                 self._error = f"{type(error).__name__}: {error}"
 
         if self._background:
-            self._task = threading.Thread(target=body, name="triloom-checkpoint", daemon=True)
+            self._task = threading.Thread(target=body, name="triloom-checkpoint")  # waited for at exit: it reads memory
             self._task.start()
         else:
             body()
@@ -276,6 +280,14 @@ def replace_folder(new: Path, name: Path) -> None:
         os.rename(new, name)
         new = old
     shutil.rmtree(new, ignore_errors=True)
+
+
+def _as_json(extra: Mapping[str, Any]) -> Any:
+    """As it will be read again: keys are strings, tuples lists."""
+    try:
+        return json.loads(json.dumps(extra, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"extra must be JSON ({error}): numbers that are finite, strings, lists, dicts") from None
 
 
 def _note(rank: int) -> str:
