@@ -58,7 +58,7 @@ class BiasGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        v = rows_of(x)
+        v, bias = rows_of(x), None if bias is None else bias.contiguous()
         rows, width = v.shape
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         options = tuning.options("gelu", architecture(x.device), width=width)

@@ -104,6 +104,7 @@ def _run(
     p, key, base, strides = how
     inner, outer_step, inner_step = fold(x.shape[:-1], strides[:-1])
     v, r = rows_of(x), None if residual is None else rows_of(residual)
+    bias = None if bias is None else bias.contiguous()
     rows, width = v.shape
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
     y = torch.empty(v.shape, dtype=dtype, device=x.device)

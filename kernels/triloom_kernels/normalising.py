@@ -206,7 +206,7 @@ class Normalise(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"the residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must be equal")
-        x2 = rows_of(x)
+        x2, weight, bias = rows_of(x), weight.contiguous(), None if bias is None else bias.contiguous()
         rows, width = x2.shape
         dtype = x.dtype if residual is None else torch.result_type(x, residual)
         r2 = total = None
