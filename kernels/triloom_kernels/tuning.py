@@ -8,7 +8,9 @@ the kernel, num_warps, num_stages, and what the operation itself reads. ``measur
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,9 +76,41 @@ def _lookup(op: str, arch: int, shape: tuple[tuple[str, int], ...]) -> Mapping[s
     raise ValueError(f"{op} has no configuration for {told}: the largest is {largest}; use the eager operation there")
 
 
+@dataclass
+class Trial:
+    """Options that one operation's launches take instead of the table's."""
+
+    op: str
+    options: Mapping[str, Any]
+    asked: int = 0
+    """How often they were asked for: 0 says that what ran does not read this table."""
+
+
+_trial: ContextVar[Trial | None] = ContextVar("triloom_kernels_trial", default=None)
+
+
+@contextmanager
+def trying(op: str, options: Mapping[str, Any]) -> Iterator[Trial]:
+    """Inside, and in this context (thread, task) only, ``options`` are those of ``op`` for any shape; for the tuner.
+
+    A backward on a GPU runs in a thread of autograd's own, unless ``torch.autograd.set_multithreading_enabled(False)``.
+    Outside it costs each launch one look at a context variable, some 30 ns.
+    """
+    trial = Trial(op, options)
+    token = _trial.set(trial)
+    try:
+        yield trial
+    finally:
+        _trial.reset(token)
+
+
 def options(op: str, arch: int, **shape: int) -> dict[str, Any]:
     """Configuration of ``op`` on compute capability ``arch`` (ten times the number, 0 in the interpreter) for a shape.
 
     A fresh dict. Raises KeyError for an operation without entries, ValueError for a shape beyond the last one.
     """
+    trial = _trial.get()
+    if trial is not None and trial.op == op:
+        trial.asked += 1
+        return dict(trial.options)
     return dict(_lookup(op, arch, tuple(shape.items())))
