@@ -47,7 +47,11 @@ def find_start(config: Config) -> Start:
     if wanted == AUTO:
         if run is None:
             raise ConfigError("run.resume = 'auto' goes on in run.dir, which is not given; give it, or a path instead")
-        return Start(str(checkpoint_folder(config, Path(run).expanduser())), run)
+        place = Path(run).expanduser()
+        begun = any((place / name).exists() for name in ("metrics.jsonl", FOLDER))
+        if not begun and place.is_dir() and any(place.iterdir()):
+            raise ConfigError(f"run.dir = {run!r} is not empty and not a run; give another folder")
+        return Start(str(checkpoint_folder(config, place)), run)
     path = Path(wanted).expanduser()
     if not path.is_dir():
         raise ConfigError(f"run.resume = {wanted!r} is not a folder; give a run directory or a checkpoint")

@@ -23,6 +23,7 @@ import torch
 import checkpoint_cases as cases
 from triloom import _C
 from triloom.checkpoint import Checkpoints, found, path_of, read_manifest, saving, verify
+from triloom.checkpoint.disk import crc32c
 from triloom.checkpoint.manifest import NAME
 from triloom.engine import Engine
 from triloom.errors import CheckpointError
@@ -194,16 +195,37 @@ def test_nothing_that_can_be_loaded_is_an_error_with_every_reason(folder: Path) 
     assert found(folder) == [1, 2], "what nothing could replace is left alone"
 
 
-def test_a_manifest_cannot_point_outside_its_folder(folder: Path) -> None:
-    """Its checksum is right: someone made it so."""
-    from triloom.checkpoint.disk import crc32c
+CRAFTED: dict[str, tuple[Callable[[Any], object], str]] = {
+    "a file elsewhere": (lambda m: m["files"].update({"../x.safetensors": m["files"].popitem()[1]}), "file name"),
+    "a piece behind the file": (lambda m: first_piece(m).update(offset=1 << 40), "does not fit"),
+    "a piece of another size": (lambda m: first_piece(m).update(stop=first_piece(m)["stop"] + 1), "does not fit"),
+    "slices of no dimension": (lambda m: first_piece(m).update(dim=7, slices=[[0, 1]]), "does not fit"),
+    "a tensor that is not complete": (lambda m: first_tensor(m)["pieces"].pop(), "are not all of it"),
+    "an unknown dtype": (lambda m: first_tensor(m).update(dtype="object"), "object"),
+    "no steps": (lambda m: m.pop("step"), "step"),
+    "a later version": (lambda m: m.update(version=2), "has version 2, this program reads version 1"),
+    "blocks of another size": (lambda m: m.update(block=17), "blocks of 17 bytes"),
+}
 
+
+def first_tensor(manifest: Any) -> Any:
+    return next(iter(manifest["tensors"].values()))
+
+
+def first_piece(manifest: Any) -> Any:
+    return first_tensor(manifest)["pieces"][0]
+
+
+@pytest.mark.parametrize("change", CRAFTED)
+def test_a_manifest_that_makes_no_sense_is_rejected_though_its_checksum_is_right(folder: Path, change: str) -> None:
     path = path_of(folder, 2) / NAME
-    content = json.loads(path.read_text().replace("rank-00000.safetensors", "../secret.safetensors"))
+    content = json.loads(path.read_text())
     del content["crc32c"]
+    alter, said = CRAFTED[change]
+    alter(content)
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     path.write_text(json.dumps({**content, "crc32c": crc32c(canonical)}))
-    with pytest.raises(CheckpointError, match="not a manifest of version 1.*secret"):
+    with pytest.raises(CheckpointError, match=said):
         read_manifest(path.parent)
 
 

@@ -174,6 +174,7 @@ def test_auto_begins_where_there_is_no_checkpoint_yet(config: Path, tmp_path: Pa
     ("words", "reason"),
     [
         (["--run.resume", "auto"], "goes on in run.dir, which is not given"),
+        (["--run.resume", "auto", "--run.dir", "{tmp}/other"], "is not empty and not a run"),
         (["--run.resume", "{tmp}/nothing"], "is not a folder"),
         (["--run.resume", "{tmp}/empty"], "holds no checkpoint; {tmp}/empty/checkpoints should"),
         (

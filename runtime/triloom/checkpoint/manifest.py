@@ -204,13 +204,22 @@ def _parse_tensor(name: str, t: Mapping[str, Any], files: Mapping[str, File]) ->
     for stored, p in zip(pieces, t["pieces"], strict=True):
         part, file = stored.part, files[stored.file]
         size = part.numel * itemsize
-        inside = 0 <= part.start <= part.stop <= math.prod(local_shape(shape, part))
+        inside = _inside(shape, part)
         placed = file.header <= stored.offset and stored.offset + size <= file.bytes
         if not (inside and placed and p["bytes"] == size and len(stored.checksums) == len(block_sizes(size))):
             raise ValueError(f"a piece of {name} that does not fit: {p}")
     if sum(p.part.numel for p in pieces) != math.prod(shape):
         raise ValueError(f"the pieces of {name} are not all of it")
     return Tensor(t["dtype"], shape, pieces)
+
+
+def _inside(shape: tuple[int, ...], part: Part) -> bool:
+    """Whether a tensor of that shape has the part."""
+    if part.dim is not None:
+        axis = shape[part.dim] if 0 <= part.dim < len(shape) else 0
+        if not all(0 <= lo < hi <= axis for lo, hi in part.slices):
+            return False
+    return 0 <= part.start <= part.stop <= math.prod(local_shape(shape, part))
 
 
 def _parse_piece(p: Mapping[str, Any]) -> Stored:
