@@ -103,7 +103,7 @@ def test_a_run_that_crashed_goes_on_as_if_it_had_not(config: Path, tmp_path: Pat
     words = ["--parallel.dp", "2", "--checkpoint.keep", "none"]
     run(config, 2, [*words, "--run.dir", str(whole)])
     with pytest.raises(Crash):
-        run(config, 2, [*words, "--run.dir", str(broken)], [crash_at(6)])
+        run(config, 2, [*words, "--run.dir", str(broken), "--checkpoint.asynchronous", "false"], [crash_at(6)])
     assert found(broken / "checkpoints") == [4]
     assert len(told(broken)) == 7, "steps 4 to 6 are in the file and were not saved"
     results, said = run(config, 2, [*words, "--run.resume", str(broken)])
@@ -151,6 +151,16 @@ def test_a_run_is_resumed_from_a_checkpoint_into_a_new_folder(config: Path, tmp_
     assert "trained 4 steps" in said
     assert told(tmp_path / "fork") == before[4:]
     assert told(first) == before, "the run it came from is left alone"
+
+
+def test_steps_made_anew_are_not_mistaken_for_those_given_up(config: Path, tmp_path: Path) -> None:
+    """Back to step 2 in the same folder: the checkpoints of steps 4 and 8 are not this run's any more."""
+    folder = tmp_path / "run"
+    run(config, 1, ["--run.dir", str(folder), "--checkpoint.every", "2", "--checkpoint.keep", "none"])
+    again = ["--run.resume", str(path_of(folder / "checkpoints", 2)), "--run.dir", str(folder)]
+    run(config, 1, [*again, "--checkpoint.every", "3", "--train.steps", "3", "--optim.lr", "0.02"])
+    assert found(folder / "checkpoints") == [2, 3] and len(told(folder)) == 3
+    assert sorted(p.name for p in (folder / "checkpoints").glob("*.abandoned"))[0] == "step-00000004.abandoned"
 
 
 def test_a_finished_run_has_nothing_left_to_do(config: Path, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFT = re.compile(rf"step-\d{{8,}}{re.escape(TEMPORARY)}[0-9a-f]+")
-REJECTED = ".rejected"
+REJECTED, ABANDONED = ".rejected", ".abandoned"
+"""Ends of the names of checkpoints that are not used any more: damaged ones, and those of steps that are made anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class Checkpoints:
     def save(self, extra: Mapping[str, Any] | None = None, *, wait: bool = False) -> None:
         """Save now, after the one under way is done. wait: until it is written."""
         self.finish()
-        self._remove_leftovers()
+        self._tidy()
         self.last = extra or {}
         self._saving = Saving(
             self._engine,
@@ -149,12 +150,15 @@ class Checkpoints:
         for step in self._keep.spare(found(self.folder)):
             remove(path_of(self.folder, step))
 
-    def _remove_leftovers(self) -> None:
-        """Of saves that were interrupted."""
+    def _tidy(self) -> None:
+        """Once: remove what interrupted saves left, and set aside what a run wrote that went on from here before, and
+        was given up: it would count as newer than what comes."""
         if not self._clean and self._engine.world.rank == 0 and self.folder.is_dir():
             for name in sorted(os.listdir(self.folder)):
                 if _LEFT.fullmatch(name):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
+            later = [step for step in found(self.folder) if step > self._engine.steps]
+            _set_aside([path_of(self.folder, step) for step in later], ABANDONED)
         self._clean = True
 
     # -- going on --------------------------------------------------------------------------------
@@ -176,7 +180,7 @@ class Checkpoints:
                 rejected.append((folder, str(error)))
                 continue
             if world.rank == 0:
-                _set_aside([path for path, _ in rejected])
+                _set_aside([path for path, _ in rejected], REJECTED)
             said = tuple(f"rejected {path.name}: {text}" for path, text in rejected)
             return replace(restored, notes=(*said, *restored.notes))
         if rejected:
@@ -207,9 +211,9 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _set_aside(folders: Sequence[Path]) -> None:
+def _set_aside(folders: Sequence[Path], ending: str) -> None:
     for folder in folders:
-        target = folder.with_name(folder.name + REJECTED)
+        target = folder.with_name(folder.name + ending)
         with suppress(OSError):
             shutil.rmtree(target, ignore_errors=True)
             os.rename(folder, target)
