@@ -18,7 +18,7 @@ from .passes import StateLayout
 CLASSES: Mapping[str, str] = {
     "params": "parameters, or this rank's shard of them",
     "grads": "gradients, or this rank's shard of them",
-    "master": "parameters in accumulation precision",
+    "master": "parameters in accumulation precision, or what is kept of them besides bfloat16",
     "moments": "state of the optimizer",
     "padding": "alignment of all of these",
     "fixed": "frozen parameters and buffers",

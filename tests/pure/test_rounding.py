@@ -228,6 +228,8 @@ def test_bytes_of_every_way() -> None:
         units = [nn.Linear(64, 64).bfloat16()]
         memory = Engine(units, mean_loss(F.mse_loss), placement=placement, optimizer=AdamW()).memory()
         assert sum(memory.present[kind] for kind in STATE) == each * (64 * 64 + 64), way
+        masters = {"stochastic": 0, "kahan": 2, "masters": 4}[way.split(",")[0]]
+        assert memory.present["master"] == masters * (64 * 64 + 64), way
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 from ..memory import BucketBytes, Ledger
 from .activations import storages
 from .bucket import BucketState
+from .precision import COMPENSATION
 from .sharded import ShardedState
 
 
@@ -37,11 +38,12 @@ def bucket_classes(state: BucketState) -> Counter[str]:
         flat("grads", state.grads.tensor, everything)
     if state.master.dtype != state.params.tensor.dtype:
         flat("master", state.master, state.updates)
-    for t in state.states.values():
+    for name, t in state.states.items():
+        kind = "master" if name == COMPENSATION else "moments"
         if t.numel() == state.master.numel():
-            flat("moments", t, state.updates)
+            flat(kind, t, state.updates)
         else:
-            out["moments"] += t.nbytes
+            out[kind] += t.nbytes
     out["ties"] = sum(use.out.nbytes for uses in state.uses.values() for use in uses[1:])
     return out
 
