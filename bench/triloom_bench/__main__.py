@@ -61,6 +61,10 @@ BENCHES: dict[str, Bench] = {
         "every kernel against torch, torch.compile and others; without a GPU the eager references alone",
         (Launch(1, "kernels"),),
     ),
+    "gpu_step": Bench(
+        "bf16 steps of Llama shapes on one GPU against PyTorch with torch.compile: tokens/s, MFU, peak memory",
+        (Launch(1, "gpu_step"),),
+    ),
     "executor": Bench(
         "what the executor adds to the torch calls of an action, units that do nothing", (Launch(1, "executor"),)
     ),
