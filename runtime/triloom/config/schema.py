@@ -84,8 +84,8 @@ class ModelConfig(Section):
     rope_theta: Annotated[float, above(0)] = 10000.0
     """Base of the wavelengths of rotary positions (llama only)."""
     fused_loss: bool | None = None
-    """Compute the output projection with its loss, 4096 tokens at a time, so that the logits of a microbatch never exist
-    whole; holds an fp32 gradient of the projection. none: on a GPU, for more tokens than that in a microbatch."""
+    """Compute the output projection with its loss, 4096 tokens at a time, so that the logits of a microbatch never
+    exist whole; holds an fp32 gradient of the projection. none: on a GPU, for more tokens than that in a microbatch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,14 +306,14 @@ class RunConfig(Section):
     """What a run leaves behind."""
 
     dir: str | None = None
-    """Folder for config.toml, metrics.jsonl (one object a step; bytes and seconds are those of rank 0), timeline.json and
-    the plot; none: a new runs/<date>-<time>."""
+    """Folder for config.toml, metrics.jsonl (one object a step; bytes and seconds are those of rank 0), timeline.json
+    and the plot; none: a new runs/<date>-<time>."""
     resume: str | None = None
     """Go on from a checkpoint: of a run directory (the newest that is whole), or one. In the run directory itself
     unless run.dir names another. auto: as run.dir, from the beginning if there is no checkpoint yet."""
     overwrite: bool = False
-    """Replace the files of an earlier run in run.dir, instead of refusing a folder that is not empty. Does nothing where
-    run.resume is given."""
+    """Replace the files of an earlier run in run.dir, instead of refusing a folder that is not empty. Does nothing
+    where run.resume is given."""
     timeline: Annotated[int, at_least(0)] = 3
     """Steps at the end of the run that go to timeline.json (for Perfetto, chrome://tracing and triloom timeline);
     0: nothing is measured, and metrics.jsonl says nothing of the pipeline."""
