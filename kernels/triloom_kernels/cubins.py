@@ -1,8 +1,8 @@
-"""Recorded launches compiled to cubins, and what a cubin needs: proof without a GPU that a kernel builds and fits.
+"""Recorded launches compiled to cubins, and what a cubin needs: proof without a GPU that a kernel builds and fits::
 
-    with recording(90) as recorder:
-        rms_norm(torch.empty(4096, 4096, device="meta", dtype=torch.bfloat16), ...)
-    resources(recorder.launches[0], 90)
+with recording(90) as recorder:
+    rms_norm(torch.empty(4096, 4096, device="meta", dtype=torch.bfloat16), ...)
+resources(recorder.launches[0], 90)
 """
 
 from __future__ import annotations

@@ -46,9 +46,7 @@ class Auto:
             if getattr(self, name) < least:
                 raise ConfigError(f"Auto.{name} = {getattr(self, name)} must be at least {least}")
         if self.memory is not None and not self.memory > 0:
-            raise ConfigError(
-                f"Auto.memory = {self.memory} must be above 0; leave it out for the memory of 1F1B"
-            )
+            raise ConfigError(f"Auto.memory = {self.memory} must be above 0; leave it out for the memory of 1F1B")
 
     def __call__(self, ranks: int, microbatches: int) -> Program:
         """What runs until the program is chosen: a Schedule like others."""
