@@ -9,6 +9,7 @@ from .errors import ConfigError
 from .memory import BucketBytes, Sizes, UnitBytes, walk
 from .passes import StateLayout
 
+
 class BudgetError(ConfigError):
     """No set of units would fit."""
 

@@ -62,8 +62,8 @@ class Placement:
     keep: bool = False
     """Sharded parameters stay whole from their first use of a step to their last."""
     persist: int = 0
-    """Sharded parameters of fewer elements than this stay whole from step to step, in buckets of their own. None by
-    default: a bucket gathers all parameters of a unit in one call, so the small ones in it cost no call of their own."""
+    """Sharded parameters of fewer elements than this stay whole from step to step, in buckets of their own. None do by
+    default: a bucket gathers all parameters of a unit in one call, so the small ones in it cost none of their own."""
     shard_ranks: int | None = None
     """State is sharded inside neighbouring dp ranks of this number and replicated across them (hybrid sharding,
     PyTorch FSDP, arXiv 2304.11277, section 3.2.2); divides dp; None: over all of dp. Sums in two stages, so
