@@ -36,7 +36,8 @@ def test_an_unknown_operation_is_refused() -> None:
 def test_a_row_and_a_picture(tmp_path: Path) -> None:
     row = {
         "op": "swiglu", "size": "2 x 4", "direction": "forward", "unit": "B/s",
-        "seconds": {"triloom": 1e-5, "torch": 2e-5}, "rate": {"triloom": 2e12, "torch": 1e12}, "share_of_ceiling": 0.5, "faster_than": {"torch": 2.0},
+        "seconds": {"triloom": 1e-5, "torch": 2e-5}, "rate": {"triloom": 2e12, "torch": 1e12},
+        "share_of_ceiling": 0.5, "faster_than": {"torch": 2.0},
     }  # fmt: skip
     assert "2000.0 GB/s   50.0% of the ceiling  torch x2.00" in row_text(row)
     top = {"bytes_per_s": 4e12, "flops_per_s": 1e15}
