@@ -1,8 +1,8 @@
 """``python -m triloom_kernels.tune [TABLE ...]``: choose the options of the kernels on this GPU, offline.
 
-Each entry of a table is judged at its largest sizes, by tensors beyond the cache: the candidates of
-``tune/candidates.py`` that compile, fit and agree with eager torch are timed in turn (as ``triloom_kernels.bench``
-times), and the fastest by median becomes the entry, ``"measured": true``. The file is rewritten after each table, so
+Each entry of a table is judged at its largest sizes: the candidates of ``tune/candidates.py`` that compile, fit and
+agree with eager torch are timed in turn, the cache flushed before each call (as ``triloom_kernels.bench`` times), and
+the fastest by median becomes the entry, ``"measured": true``. The file is rewritten after each table, so
 that a run that is cut off keeps what it found. Without names: all tables. Needs a GPU.
 """
 

@@ -54,7 +54,7 @@ CANDIDATES: Mapping[str, Sequence[Range]] = {
         each(ROWS=(1,), WIDTH=(2048, 4096, 8192), num_warps=(8, 16)),
     ),
     "norm_backward": (
-        each({"width": 256}, ROWS=(4, 8, 16), PROGRAMS=(264, 528), STAGES=(1, 2), num_warps=(4, 8)),
+        each({"width": 256}, ROWS=(4, 8), PROGRAMS=(264, 528), STAGES=(1, 2), num_warps=(4, 8)),
         each({"width": 1024}, ROWS=(2, 4), PROGRAMS=(264, 528), STAGES=(1, 2), num_warps=(8,)),
         each({"width": 4096}, ROWS=(1,), PROGRAMS=PROGRAMS, STAGES=(1, 2), num_warps=(8, 16)),
         each({"width": 8192}, ROWS=(1,), PROGRAMS=(132, 264), STAGES=(1, 2), num_warps=(16,)),
@@ -111,15 +111,15 @@ CANDIDATES: Mapping[str, Sequence[Range]] = {
     ),
     "adamw": (each(SIZE=(1024, 2048, 4096), num_warps=(4, 8)),),
     "adamw8": (each(ROWS=(4, 8, 16), num_warps=(4, 8)),),
-    "square_sums": (each(ROWS=(8, 16, 32), num_warps=(4, 8)),),
+    "square_sums": (each(ROWS=(8, 16), num_warps=(4, 8)),),
     "rank_sum": (each(SIZE=(1024, 2048, 4096), num_warps=(4, 8)),),
-    "pack": (each(SIZE=(2048, 4096, 8192), num_warps=(4, 8)),),
+    "pack": (each(SIZE=(1024, 2048, 4096), num_warps=(4, 8)),),
     "quantise": (each(ROWS=(16, 32, 64), num_warps=(4, 8)),),
     "take": (each(SIZE=(256, 512, 1024, 2048), num_warps=(4,)),),
     "weight_product": (
         tiles(
             {"bytes": 2}, "BLOCK_M BLOCK_N BLOCK_K GROUP num_warps num_stages",
-            (128, 128, 64, 8, 8, 3), (128, 256, 64, 8, 8, 3), (128, 128, 64, 8, 4, 3), (128, 128, 32, 8, 8, 4),
+            (128, 128, 64, 8, 8, 3), (64, 128, 64, 8, 4, 4), (128, 128, 64, 8, 4, 3), (128, 128, 32, 8, 8, 4),
         ),
         tiles(
             {}, "BLOCK_M BLOCK_N BLOCK_K GROUP num_warps num_stages", (64, 64, 16, 8, 4, 2), (32, 64, 16, 8, 4, 2)

@@ -90,7 +90,7 @@ def _checked(op: str, options: Options, problem: Problem, wanted: Results) -> Ru
 def compare(found: Results, wanted: Results) -> None:
     """Raise ValueError where results are further apart than TOLERANCE."""
     for i, (f, w) in enumerate(zip(found, wanted, strict=True)):
-        a, b = (t.detach().double() for t in (f, w))
+        a, b = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (f, w))
         allowed = TOLERANCE.get(w.dtype, 4e-2) * (b.abs() + b.abs().amax() if b.numel() else b)
         if not bool(((a - b).abs() <= allowed + 1e-12).all()):
             raise ValueError(f"result {i} is off by {float((a - b).abs().max()):.3g}")
