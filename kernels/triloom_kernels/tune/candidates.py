@@ -119,7 +119,7 @@ CANDIDATES: Mapping[str, Sequence[Range]] = {
     "weight_product": (
         tiles(
             {"bytes": 2}, "BLOCK_M BLOCK_N BLOCK_K GROUP num_warps num_stages",
-            (128, 128, 64, 8, 8, 3), (64, 128, 64, 8, 4, 4), (128, 128, 64, 8, 4, 3), (128, 128, 32, 8, 8, 4),
+            (128, 128, 64, 8, 8, 3), (64, 128, 64, 8, 4, 4), (128, 64, 64, 8, 4, 3), (128, 128, 32, 8, 8, 4),
         ),
         tiles(
             {}, "BLOCK_M BLOCK_N BLOCK_K GROUP num_warps num_stages", (64, 64, 16, 8, 4, 2), (32, 64, 16, 8, 4, 2)
