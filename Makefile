@@ -8,9 +8,12 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp)
 PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 PIP_FAILED := make setup: pip failed, see above. It needs a package index; PIP_INDEX_URL names another one.
 PART ?= build,test
-TESTS ?= tests/pure tests/ranks
+# A process for each core, up to four, and each file in one of them. Tests under mpirun take all cores themselves.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile
+PURE := $(BIN)/python -m pytest $(SPREAD) tests/pure
+RANKS := $(BIN)/python -m pytest tests/ranks
 # Triton reads TRITON_INTERPRET when a kernel is decorated: what interprets and what compiles are processes of their own.
-INTERPRET := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpret
+INTERPRET := TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SPREAD) tests/kernels/interpret
 COMPILE := TRITON_CACHE_DIR=build/triton $(BIN)/python -m pytest tests/kernels/compile
 
 .DEFAULT_GOAL := help
@@ -54,12 +57,14 @@ demo: setup  ## train a transformer on 4 ranks with dp, pp and tp (under three m
 	$(BIN)/triloom demo
 
 test: setup $(LAUNCHERS)/mpich/ready  ## pure and rank tests; kernels interpreted, and compiled for three architectures
-	$(BIN)/python -m pytest -m "not full" $(TESTS)
+	$(PURE) -m "not full"
+	$(RANKS) -m "not full"
 	$(INTERPRET) -m "not full"
 	$(COMPILE) -m "not full"
 
 test-full: setup launchers kernels-full  ## the same with the full product of meshes and options
-	$(BIN)/python -m pytest $(TESTS)
+	$(PURE)
+	$(RANKS)
 
 kernels-full: setup  ## the kernel tests alone, every tuned configuration compiled
 	$(INTERPRET)
